@@ -1,0 +1,54 @@
+//! The kernel is told: programs, devices, listeners, sockets inside pods. The only room that names
+//! aya and netlink.
+//!
+//! [`pods`] compares what should be with what the kernel says, level-triggered, and repairs. For
+//! each captured pod it hands a [`PodHandle`] and one set of listeners per data thread to whoever
+//! serves connections. It knows nothing of identities, tunnels or policy.
+
+pub mod devices;
+pub mod diag;
+pub mod loader;
+pub mod netns;
+pub mod pods;
+pub mod sockets;
+
+use std::{net::TcpListener, path::PathBuf, sync::Arc};
+
+use picomesh_common::PodConfig;
+
+use crate::state::PodUid;
+
+pub use pods::{Datapath, DatapathSettings, PodStatus};
+pub use sockets::{PodHandle, PodSockets, Source};
+
+/// What the kernel should do for one pod.
+#[derive(Clone, Debug)]
+pub struct DesiredPod {
+    pub uid: PodUid,
+    /// namespace/name, for logs.
+    pub name: String,
+    pub ips: Vec<std::net::IpAddr>,
+    /// Skip ranges; flags are the room's own.
+    pub config: PodConfig,
+    /// The pod's network namespace, found by whoever runs pods here.
+    pub netns: PathBuf,
+}
+
+/// All pods that should be captured on this node, as one level-triggered word.
+pub type Desired = Arc<Vec<DesiredPod>>;
+
+/// What the data threads must do.
+pub enum PodEvent {
+    /// Serve these listeners; element `i` belongs to data thread `i`. Sent before the programs let
+    /// the first packet through, and again (same handle) after an adoption.
+    Captured { pod: Arc<PodHandle>, listeners: Vec<PodListeners> },
+    /// The pod is gone or left the mesh: stop accepting; open connections finish or die with it.
+    Released { uid: PodUid },
+}
+
+/// Non-blocking listeners inside the pod's netns, per family; IPv6 is absent where it is disabled.
+#[derive(Debug, Default)]
+pub struct PodListeners {
+    pub outbound: Vec<TcpListener>,
+    pub inbound: Vec<TcpListener>,
+}

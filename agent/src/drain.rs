@@ -1,0 +1,1 @@
+//! Graceful end: one primitive, used by every loop.

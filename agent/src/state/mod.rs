@@ -1,0 +1,22 @@
+//! What we know of the mesh, and the questions it answers. Plain types: no IO, no async, no clock,
+//! no Kubernetes types; time and randomness are arguments.
+//!
+//! [`objects`] are the cluster's objects as `k8s::convert` hands them over. [`Mesh::build`] turns
+//! all of them into one immutable, indexed [`Mesh`]; the only writer publishes it through a
+//! [`MeshStore`], and every data thread reads its current `Arc` without a lock. Then
+//! [`resolve`] says where an address leads, [`policy`] who may come in, [`balance`] which endpoint.
+//!
+//! A rebuild costs time in proportion to the number of objects (see the benchmark in `mesh.rs`);
+//! bursts of changes are gathered before one is started. In return no reader ever sees half an
+//! update, and nothing needs to be undone.
+#![forbid(unsafe_code)]
+
+pub mod balance;
+pub mod mesh;
+pub mod names;
+pub mod objects;
+pub mod policy;
+pub mod resolve;
+
+pub use mesh::{Mesh, MeshStore, Problem, Workload};
+pub use names::{Identity, ObjectKey, PodUid};
