@@ -51,7 +51,10 @@ pub struct Ensured {
 #[derive(Debug, thiserror::Error)]
 pub enum DevicesError {
     #[error("{what} in the pod's netns: {source}")]
-    Netlink { what: &'static str, source: io::Error },
+    Netlink {
+        what: &'static str,
+        source: io::Error,
+    },
     #[error(
         "interface {name} (ifindex {index}) is in the pod's netns and is not ours; rename it or \
          give it another index"
@@ -89,8 +92,13 @@ pub fn ensure(owner: &DeviceOwner, capture_mark: u32) -> Result<Ensured, Devices
     let lo_index = lo.map_or(1, |lo| lo.index);
     if lo.is_none_or(|lo| !lo.up) {
         // The runtime brings it up before a container starts; without it a local route is dead.
-        set_flags(&mut netlink, lo_index, libc::IFF_UP as u32, libc::IFF_UP as u32)
-            .map_err(failed("bring up lo"))?;
+        set_flags(
+            &mut netlink,
+            lo_index,
+            libc::IFF_UP as u32,
+            libc::IFF_UP as u32,
+        )
+        .map_err(failed("bring up lo"))?;
         repaired.push("lo");
     }
 
@@ -102,8 +110,9 @@ pub fn ensure(owner: &DeviceOwner, capture_mark: u32) -> Result<Ensured, Devices
         repaired.push("devices");
         links = self::links(&mut netlink)?;
     }
-    for (device, link) in
-        OURS.iter().filter_map(|device| Some((device, links.iter().find(|l| device.is(l))?)))
+    for (device, link) in OURS
+        .iter()
+        .filter_map(|device| Some((device, links.iter().find(|l| device.is(l))?)))
     {
         if link.alias.as_deref() != Some(owner.alias.as_str())
             || link.mac != device.mac
@@ -120,8 +129,13 @@ pub fn ensure(owner: &DeviceOwner, capture_mark: u32) -> Result<Ensured, Devices
             }
         }
         if !link.up {
-            set_flags(&mut netlink, device.index, libc::IFF_UP as u32, libc::IFF_UP as u32)
-                .map_err(failed("bring up mesh0 and mesh1"))?;
+            set_flags(
+                &mut netlink,
+                device.index,
+                libc::IFF_UP as u32,
+                libc::IFF_UP as u32,
+            )
+            .map_err(failed("bring up mesh0 and mesh1"))?;
             if !repaired.contains(&"devices") {
                 repaired.push("device_down");
             }
@@ -136,7 +150,11 @@ pub fn ensure(owner: &DeviceOwner, capture_mark: u32) -> Result<Ensured, Devices
         ensure_rule(&mut netlink, family, capture_mark, &mut repaired)?;
         ensure_route(&mut netlink, family, lo_index, &mut repaired)?;
     }
-    Ok(Ensured { repaired, interfaces: captured(&links), ipv6 })
+    Ok(Ensured {
+        repaired,
+        interfaces: captured(&links),
+        ipv6,
+    })
 }
 
 /// Takes away what [`ensure`] made, in the calling thread's namespace. What is gone already is
@@ -144,7 +162,10 @@ pub fn ensure(owner: &DeviceOwner, capture_mark: u32) -> Result<Ensured, Devices
 pub fn remove(owner: &DeviceOwner) -> Result<(), DevicesError> {
     let mut netlink = open()?;
     for family in families(true) {
-        for rule in rules(&mut netlink, family)?.into_iter().filter(Rule::is_ours) {
+        for rule in rules(&mut netlink, family)?
+            .into_iter()
+            .filter(Rule::is_ours)
+        {
             ignore_gone(netlink.change(rule.message(libc::RTM_DELRULE, 0)))
                 .map_err(failed("remove the policy rule"))?;
         }
@@ -198,8 +219,18 @@ struct Device {
 
 const OURS: [Device; 2] = [
     // What the pod itself sends arrives here, from the pod's own address.
-    Device { index: MESH0_IFINDEX, name: MESH0_NAME, mac: MESH0_MAC, accept_local: 1 },
-    Device { index: MESH1_IFINDEX, name: MESH1_NAME, mac: MESH1_MAC, accept_local: 0 },
+    Device {
+        index: MESH0_IFINDEX,
+        name: MESH0_NAME,
+        mac: MESH0_MAC,
+        accept_local: 1,
+    },
+    Device {
+        index: MESH1_IFINDEX,
+        name: MESH1_NAME,
+        mac: MESH1_MAC,
+        accept_local: 0,
+    },
 ];
 
 impl Device {
@@ -229,7 +260,8 @@ struct Link {
 }
 
 fn in_our_place(link: &Link) -> bool {
-    OURS.iter().any(|device| device.index == link.index || device.name == link.name)
+    OURS.iter()
+        .any(|device| device.index == link.index || device.name == link.name)
 }
 
 /// True: both are there and ours. False: (re-)create them. Error: somebody else's are there.
@@ -239,13 +271,18 @@ fn pair_is_ours(links: &[Link], owner: &DeviceOwner) -> Result<bool, DevicesErro
             continue;
         }
         return Err(match &link.alias {
-            Some(alias) if alias.starts_with(ALIAS_PREFIX) => {
-                DevicesError::Taken { alias: alias.clone() }
-            }
-            Some(_) | None => DevicesError::Conflict { name: link.name.clone(), index: link.index },
+            Some(alias) if alias.starts_with(ALIAS_PREFIX) => DevicesError::Taken {
+                alias: alias.clone(),
+            },
+            Some(_) | None => DevicesError::Conflict {
+                name: link.name.clone(),
+                index: link.index,
+            },
         });
     }
-    Ok(OURS.iter().all(|device| links.iter().any(|link| device.is(link))))
+    Ok(OURS
+        .iter()
+        .all(|device| links.iter().any(|link| device.is(link))))
 }
 
 /// Every alias of ours begins so.
@@ -260,7 +297,9 @@ fn failed(what: &'static str) -> impl Fn(io::Error) -> DevicesError {
 }
 
 fn families(ipv6: bool) -> impl Iterator<Item = u8> {
-    [libc::AF_INET as u8, libc::AF_INET6 as u8].into_iter().take(1 + usize::from(ipv6))
+    [libc::AF_INET as u8, libc::AF_INET6 as u8]
+        .into_iter()
+        .take(1 + usize::from(ipv6))
 }
 
 fn ignore_gone(result: io::Result<()>) -> io::Result<()> {
@@ -328,8 +367,8 @@ fn parse_link(body: &[u8]) -> Link {
             libc::IFLA_MTU => link.mtu = u32_at(value, 0),
             libc::IFLA_ADDRESS => link.mac = value.try_into().unwrap_or_default(),
             libc::IFLA_LINKINFO => {
-                link.veth = attribute(value, libc::IFLA_INFO_KIND)
-                    .is_some_and(|kind| text(kind) == "veth");
+                link.veth =
+                    attribute(value, libc::IFLA_INFO_KIND).is_some_and(|kind| text(kind) == "veth");
             }
             libc::IFLA_AF_SPEC => parse_families(value, &mut link),
             _ => {}
@@ -369,9 +408,12 @@ fn create_pair(netlink: &mut Netlink) -> io::Result<()> {
     let flags = libc::NLM_F_CREATE | libc::NLM_F_EXCL;
     let message = Message::new(libc::RTM_NEWLINK, flags, &ifinfo(first.index, 0, 0));
     let message = common(message, first).nest(libc::IFLA_LINKINFO, &[], |info| {
-        info.attr_str(libc::IFLA_INFO_KIND, "veth").nest(libc::IFLA_INFO_DATA, &[], |data| {
-            data.nest(VETH_INFO_PEER, &ifinfo(second.index, 0, 0), |peer| common(peer, second))
-        })
+        info.attr_str(libc::IFLA_INFO_KIND, "veth")
+            .nest(libc::IFLA_INFO_DATA, &[], |data| {
+                data.nest(VETH_INFO_PEER, &ifinfo(second.index, 0, 0), |peer| {
+                    common(peer, second)
+                })
+            })
     });
     netlink.change(message)
 }
@@ -406,7 +448,11 @@ fn configure(
 }
 
 fn set_flags(netlink: &mut Netlink, index: u32, flags: u32, change: u32) -> io::Result<()> {
-    netlink.change(Message::new(libc::RTM_NEWLINK, 0, &ifinfo(index, flags, change)))
+    netlink.change(Message::new(
+        libc::RTM_NEWLINK,
+        0,
+        &ifinfo(index, flags, change),
+    ))
 }
 
 /// Deleting one end deletes the other.
@@ -418,8 +464,11 @@ fn delete_link(netlink: &mut Netlink, index: u32) -> Result<(), DevicesError> {
 /// The one setting without a netlink attribute. Works where /proc/sys is writable; elsewhere the
 /// user is told.
 fn enable_ipv6(device: &'static str) -> Result<(), DevicesError> {
-    std::fs::write(format!("/proc/sys/net/ipv6/conf/{device}/disable_ipv6"), "0")
-        .map_err(|_| DevicesError::Ipv6Disabled { device })
+    std::fs::write(
+        format!("/proc/sys/net/ipv6/conf/{device}/disable_ipv6"),
+        "0",
+    )
+    .map_err(|_| DevicesError::Ipv6Disabled { device })
 }
 
 // ---- policy rules ----
@@ -561,8 +610,7 @@ impl Route {
         header[5] = PROTOCOL;
         header[6] = self.scope;
         header[7] = self.kind;
-        let mut message =
-            Message::new(kind, flags, &header).attr_u32(libc::RTA_TABLE, ROUTE_TABLE);
+        let mut message = Message::new(kind, flags, &header).attr_u32(libc::RTA_TABLE, ROUTE_TABLE);
         if !self.destination.is_empty() {
             message = message.attr(libc::RTA_DST, &self.destination);
         }
@@ -578,24 +626,27 @@ fn routes(netlink: &mut Netlink, family: u8) -> Result<Vec<Route>, DevicesError>
     let mut header = [0; 12];
     header[0] = family;
     let mut routes = Vec::new();
-    let result = netlink.dump(Message::new(libc::RTM_GETROUTE, 0, &header), |kind, body| {
-        if kind != libc::RTM_NEWROUTE || body.len() < 12 || body[0] != family {
-            return;
-        }
-        let of = |kind| attribute(&body[12..], kind);
-        if of(libc::RTA_TABLE).map(|table| u32_at(table, 0)) == Some(ROUTE_TABLE)
-            && body[5] == PROTOCOL
-        {
-            routes.push(Route {
-                family,
-                destination_length: body[1],
-                destination: of(libc::RTA_DST).unwrap_or_default().to_vec(),
-                kind: body[7],
-                scope: body[6],
-                interface: of(libc::RTA_OIF).map_or(0, |index| u32_at(index, 0)),
-            });
-        }
-    });
+    let result = netlink.dump(
+        Message::new(libc::RTM_GETROUTE, 0, &header),
+        |kind, body| {
+            if kind != libc::RTM_NEWROUTE || body.len() < 12 || body[0] != family {
+                return;
+            }
+            let of = |kind| attribute(&body[12..], kind);
+            if of(libc::RTA_TABLE).map(|table| u32_at(table, 0)) == Some(ROUTE_TABLE)
+                && body[5] == PROTOCOL
+            {
+                routes.push(Route {
+                    family,
+                    destination_length: body[1],
+                    destination: of(libc::RTA_DST).unwrap_or_default().to_vec(),
+                    kind: body[7],
+                    scope: body[6],
+                    interface: of(libc::RTA_OIF).map_or(0, |index| u32_at(index, 0)),
+                });
+            }
+        },
+    );
     ignore_gone(result).map_err(failed("list the routes"))?;
     Ok(routes)
 }

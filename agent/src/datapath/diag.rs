@@ -92,7 +92,11 @@ pub fn destroy<'a>(
     let mut closed = 0;
     for (local, remote) in connections {
         // An IPv4 connection of an IPv6 socket is found under IPv4 as well.
-        let family = if local.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 } as u8;
+        let family = if local.is_ipv4() {
+            libc::AF_INET
+        } else {
+            libc::AF_INET6
+        } as u8;
         let request = request(family, u32::MAX, Some((*local, *remote)), 0);
         match diag.change(Message::new(SOCK_DESTROY, 0, &request)) {
             Ok(()) => closed += 1,
@@ -124,18 +128,23 @@ fn list(
     mut each: impl FnMut(TcpSocket),
 ) -> io::Result<()> {
     let request = request(family, states, None, port);
-    let result = diag.dump(Message::new(SOCK_DIAG_BY_FAMILY, 0, &request), |kind, body| {
-        if kind == SOCK_DIAG_BY_FAMILY
-            && let Some(socket) = parse(body)
-        {
-            each(socket);
-        }
-    });
+    let result = diag.dump(
+        Message::new(SOCK_DIAG_BY_FAMILY, 0, &request),
+        |kind, body| {
+            if kind == SOCK_DIAG_BY_FAMILY
+                && let Some(socket) = parse(body)
+            {
+                each(socket);
+            }
+        },
+    );
     match result {
         // No IPv6, no IPv6 sockets.
         Err(error)
-            if matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::ENOENT))
-                && i32::from(family) == libc::AF_INET6 =>
+            if matches!(
+                error.raw_os_error(),
+                Some(libc::EAFNOSUPPORT | libc::ENOENT)
+            ) && i32::from(family) == libc::AF_INET6 =>
         {
             Ok(())
         }
@@ -195,11 +204,17 @@ fn parse(body: &[u8]) -> Option<TcpSocket> {
 }
 
 fn sort(sockets: HashSet<TcpSocket>, our_mark: u32) -> Connections {
-    let (ours, others): (Vec<_>, Vec<_>) =
-        sockets.into_iter().partition(|socket| socket.mark == our_mark);
+    let (ours, others): (Vec<_>, Vec<_>) = sockets
+        .into_iter()
+        .partition(|socket| socket.mark == our_mark);
     let ours: HashSet<_> = ours.into_iter().map(|s| (s.local, s.remote)).collect();
     let mut sorted = Connections::default();
-    for TcpSocket { local, remote, mark: _ } in others {
+    for TcpSocket {
+        local,
+        remote,
+        mark: _,
+    } in others
+    {
         if ours.contains(&(remote, local)) {
             sorted.taken.insert((local, remote));
         } else if !local.ip().is_loopback() && !remote.ip().is_loopback() {
@@ -218,7 +233,11 @@ mod tests {
     use super::*;
 
     fn socket(local: &str, remote: &str, mark: u32) -> TcpSocket {
-        TcpSocket { local: local.parse().unwrap(), remote: remote.parse().unwrap(), mark }
+        TcpSocket {
+            local: local.parse().unwrap(),
+            remote: remote.parse().unwrap(),
+            mark,
+        }
     }
 
     #[test]
@@ -233,9 +252,18 @@ mod tests {
             7,
         );
         let pair = |a: &str, b: &str| (a.parse().unwrap(), b.parse().unwrap());
-        assert_eq!(sorted.taken, HashSet::from([pair("10.0.0.2:4000", "10.0.0.9:80")]));
-        assert_eq!(sorted.apps, HashSet::from([pair("10.0.0.2:4001", "10.0.0.9:80")]));
-        assert_eq!(sorted.ours, HashSet::from([pair("10.0.0.9:80", "10.0.0.2:4000")]));
+        assert_eq!(
+            sorted.taken,
+            HashSet::from([pair("10.0.0.2:4000", "10.0.0.9:80")])
+        );
+        assert_eq!(
+            sorted.apps,
+            HashSet::from([pair("10.0.0.2:4001", "10.0.0.9:80")])
+        );
+        assert_eq!(
+            sorted.ours,
+            HashSet::from([pair("10.0.0.9:80", "10.0.0.2:4000")])
+        );
     }
 
     #[test]
@@ -248,7 +276,10 @@ mod tests {
             body[at + 10..at + 12].copy_from_slice(&[0xff, 0xff]);
             body[at + 12..at + 16].copy_from_slice(&[10, 0, 0, last]);
         }
-        assert_eq!(parse(&body), Some(socket("10.0.0.1:80", "10.0.0.2:4000", 0)));
+        assert_eq!(
+            parse(&body),
+            Some(socket("10.0.0.1:80", "10.0.0.2:4000", 0))
+        );
         assert_eq!(parse(&body[..40]), None, "cut short");
     }
 

@@ -26,7 +26,10 @@ impl Netlink {
         let mut socket = Socket::new(protocol)?;
         socket.bind(&SocketAddr::new(0, 0))?;
         socket2::SockRef::from(&BorrowRaw(&socket)).set_read_timeout(Some(TIMEOUT))?;
-        Ok(Self { socket, sequence: 0 })
+        Ok(Self {
+            socket,
+            sequence: 0,
+        })
     }
 
     /// Sends a change and waits for the kernel's word on it.
@@ -177,16 +180,24 @@ pub(super) fn attributes(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
 }
 
 pub(super) fn attribute(bytes: &[u8], wanted: u16) -> Option<&[u8]> {
-    attributes(bytes).find(|(kind, _)| *kind == wanted).map(|(_, value)| value)
+    attributes(bytes)
+        .find(|(kind, _)| *kind == wanted)
+        .map(|(_, value)| value)
 }
 
 /// Numbers at a place; zero where the bytes end, as the kernel's older, shorter structs want it.
 pub(super) fn u16_at(bytes: &[u8], at: usize) -> u16 {
-    bytes.get(at..at + 2).and_then(|b| b.try_into().ok()).map_or(0, u16::from_ne_bytes)
+    bytes
+        .get(at..at + 2)
+        .and_then(|b| b.try_into().ok())
+        .map_or(0, u16::from_ne_bytes)
 }
 
 pub(super) fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    bytes.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_ne_bytes)
+    bytes
+        .get(at..at + 4)
+        .and_then(|b| b.try_into().ok())
+        .map_or(0, u32::from_ne_bytes)
 }
 
 fn i32_at(bytes: &[u8], at: usize) -> i32 {
@@ -208,11 +219,12 @@ mod tests {
 
     #[test]
     fn what_is_nested_comes_out_again() {
-        let mut message = Message::new(16, 0, &[1, 2, 3]).attr_str(3, "mesh0").nest(
-            18,
-            &[9, 9, 9, 9],
-            |inner| inner.attr_u32(1, 7).attr(2, &[5]),
-        );
+        let mut message =
+            Message::new(16, 0, &[1, 2, 3])
+                .attr_str(3, "mesh0")
+                .nest(18, &[9, 9, 9, 9], |inner| {
+                    inner.attr_u32(1, 7).attr(2, &[5])
+                });
         let bytes = message.finish(0, 42);
         assert_eq!(u32_at(bytes, 0) as usize, bytes.len());
         assert_eq!(u32_at(bytes, 8), 42);

@@ -71,7 +71,10 @@ impl Home {
     /// The namespace of the calling thread. Called before anything leaves it.
     pub fn of_this_thread() -> io::Result<Arc<Self>> {
         let file = File::open("/proc/thread-self/ns/net")?;
-        Ok(Arc::new(Self { file, cookie: current_cookie()? }))
+        Ok(Arc::new(Self {
+            file,
+            cookie: current_cookie()?,
+        }))
     }
 
     pub fn cookie(&self) -> u64 {
@@ -81,15 +84,18 @@ impl Home {
 
 impl NetNs {
     pub fn open(path: &Path, home: &Arc<Home>) -> Result<Self, NetnsError> {
-        let missing = |source| NetnsError::Missing { path: path.into(), source };
+        let missing = |source| NetnsError::Missing {
+            path: path.into(),
+            source,
+        };
         // Not blocking: whoever wrote the path may have named a FIFO.
         let file = OpenOptions::new()
             .read(true)
             .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
             .open(path)
             .map_err(missing)?;
-        let is_nsfs = fstatfs(&file)
-            .is_ok_and(|fs| fs.filesystem_type() == nix::sys::statfs::NSFS_MAGIC);
+        let is_nsfs =
+            fstatfs(&file).is_ok_and(|fs| fs.filesystem_type() == nix::sys::statfs::NSFS_MAGIC);
         if !is_nsfs {
             return Err(NetnsError::NotANetns { path: path.into() });
         }
@@ -107,7 +113,10 @@ impl NetNs {
                 return Err(NetnsError::NotANetns { path: path.into() });
             }
             Ok(Err(source)) | Err(source) => {
-                return Err(NetnsError::Enter { path: path.into(), source });
+                return Err(NetnsError::Enter {
+                    path: path.into(),
+                    source,
+                });
             }
         };
         Ok(netns)
@@ -130,10 +139,12 @@ impl NetNs {
     /// Runs `work` on a thread of its own inside the namespace, and waits for it.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> io::Result<T> {
         thread::scope(|scope| {
-            let thread = thread::Builder::new().name("in-netns".into()).spawn_scoped(scope, || {
-                setns(&self.file, CloneFlags::CLONE_NEWNET)?;
-                Ok(work())
-            })?;
+            let thread = thread::Builder::new()
+                .name("in-netns".into())
+                .spawn_scoped(scope, || {
+                    setns(&self.file, CloneFlags::CLONE_NEWNET)?;
+                    Ok(work())
+                })?;
             match thread.join() {
                 Ok(result) => result,
                 Err(panic) => std::panic::resume_unwind(panic),
@@ -168,8 +179,7 @@ impl AsFd for NetNs {
 
 /// Cookie of the calling thread's namespace.
 fn current_cookie() -> io::Result<u64> {
-    let socket =
-        socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::DGRAM, None)?;
+    let socket = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::DGRAM, None)?;
     let mut cookie = 0_u64;
     let mut length = size_of::<u64>() as libc::socklen_t;
     // SAFETY: the pointers are to live locals of the size that `length` tells.
@@ -182,7 +192,11 @@ fn current_cookie() -> io::Result<u64> {
             &raw mut length,
         )
     };
-    if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+    if result == 0 {
+        Ok(cookie)
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 #[cfg(test)]
@@ -193,7 +207,9 @@ mod tests {
     #[test]
     fn the_agents_own_namespace_has_one_cookie_whoever_asks() {
         let here = Home::of_this_thread().unwrap().cookie();
-        let there = thread::spawn(|| Home::of_this_thread().unwrap().cookie()).join().unwrap();
+        let there = thread::spawn(|| Home::of_this_thread().unwrap().cookie())
+            .join()
+            .unwrap();
         assert_ne!(here, 0);
         assert_eq!(here, there);
     }

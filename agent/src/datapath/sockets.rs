@@ -76,7 +76,13 @@ pub(super) struct SocketOwner {
 
 impl PodHandle {
     pub(super) fn new(uid: PodUid, slot: u32, netns: NetNs, owner: SocketOwner) -> Self {
-        Self { uid, slot, netns, owner, ports: Ports::starting_at(fastrand::u16(PORT_RANGE)) }
+        Self {
+            uid,
+            slot,
+            netns,
+            owner,
+            ports: Ports::starting_at(fastrand::u16(PORT_RANGE)),
+        }
     }
 
     pub(super) fn slot(&self) -> u32 {
@@ -85,10 +91,6 @@ impl PodHandle {
 
     pub(super) fn netns(&self) -> &NetNs {
         &self.netns
-    }
-
-    pub(super) fn owner(&self) -> &SocketOwner {
-        &self.owner
     }
 }
 
@@ -124,7 +126,10 @@ impl PodSockets for PodHandle {
     }
 
     fn listens(&self, ip: IpAddr, port: u16) -> Option<bool> {
-        let mut diag = self.netns.enter(|| Netlink::open(netlink::SOCK_DIAG)).ok()?;
+        let mut diag = self
+            .netns
+            .enter(|| Netlink::open(netlink::SOCK_DIAG))
+            .ok()?;
         diag::listens(&mut diag, ip, port, self.owner.mark).ok()
     }
 }
@@ -181,7 +186,9 @@ impl Ports {
         // Two connections from one client address may share a port if they lead elsewhere.
         socket.set_reuse_address(true)?;
         for _ in 0..BIND_ATTEMPTS {
-            let Some(at) = self.draw(client, remote) else { break };
+            let Some(at) = self.draw(client, remote) else {
+                break;
+            };
             match socket.bind(&at.into()) {
                 Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
                 done => return done,
@@ -189,7 +196,10 @@ impl Ports {
         }
         Err(io::Error::new(
             io::ErrorKind::AddrNotAvailable,
-            format!("no port of {PORT_RANGE:?} is free for {} in the pod", client.ip()),
+            format!(
+                "no port of {PORT_RANGE:?} is free for {} in the pod",
+                client.ip()
+            ),
         ))
     }
 
@@ -201,9 +211,19 @@ impl Ports {
     }
 
     fn next_port(&self) -> u16 {
-        let step = |port: u16| if port >= *PORT_RANGE.end() { *PORT_RANGE.start() } else { port + 1 };
+        let step = |port: u16| {
+            if port >= *PORT_RANGE.end() {
+                *PORT_RANGE.start()
+            } else {
+                port + 1
+            }
+        };
         // Relaxed: the numbers only need to differ.
-        match self.next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |port| Some(step(port))) {
+        match self
+            .next
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |port| {
+                Some(step(port))
+            }) {
             Ok(port) | Err(port) => port,
         }
     }
@@ -247,8 +267,7 @@ const KEEP_ALIVE_TRIES: u32 = 4;
 const USER_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// The families of a pod, as `LISTENERS` numbers them.
-pub(super) const FAMILIES: [u32; 2] =
-    [picomesh_common::config::V4, picomesh_common::config::V6];
+pub(super) const FAMILIES: [u32; 2] = [picomesh_common::config::V4, picomesh_common::config::V6];
 
 /// Listeners for one direction and family, one per data thread, as one reuseport group: the
 /// kernel splits connections among them, and any of them stands for all in `LISTENERS`. In the
@@ -327,7 +346,10 @@ fn keep_alive(socket: &Socket) -> io::Result<()> {
 
 /// Is this the error of a kernel or namespace without IPv6?
 pub(super) fn is_no_ipv6(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL))
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL)
+    )
 }
 
 #[cfg(test)]
@@ -386,7 +408,9 @@ mod tests {
     #[test]
     fn families_are_not_mixed() {
         let ports = Ports::starting_at(20_000);
-        let error = ports.bind(&socket(), at("[2001:db8::1]:4000"), at("10.0.0.1:80")).unwrap_err();
+        let error = ports
+            .bind(&socket(), at("[2001:db8::1]:4000"), at("10.0.0.1:80"))
+            .unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
     }
 }

@@ -17,15 +17,17 @@ use picomesh_common::config::MARK_MASK;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 #[derive(Debug, thiserror::Error)]
-pub enum RecordsError {
+pub(super) enum RecordsError {
     #[error("run directory {path}: {problem}")]
     RunDir { path: PathBuf, problem: String },
-    #[error(
-        "bpf directory {path} is not on a bpffs; mount one with: mount -t bpf bpf /sys/fs/bpf"
-    )]
+    #[error("bpf directory {path} is not on a bpffs; mount one with: mount -t bpf bpf /sys/fs/bpf")]
     NoBpffs { path: PathBuf },
     #[error("{path} cannot be {done}: {source}")]
-    File { path: PathBuf, done: &'static str, source: io::Error },
+    File {
+        path: PathBuf,
+        done: &'static str,
+        source: io::Error,
+    },
 }
 
 /// Marks of packets; random per boot, so that a pod cannot know them from another machine.
@@ -63,7 +65,10 @@ pub(super) struct RunDir {
 impl RunDir {
     /// Makes the directory (0700) if it is not there; refuses one that others may write to.
     pub(super) fn open(dir: &Path) -> Result<Self, RecordsError> {
-        let refuse = |problem: String| RecordsError::RunDir { path: dir.into(), problem };
+        let refuse = |problem: String| RecordsError::RunDir {
+            path: dir.into(),
+            problem,
+        };
         fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
@@ -94,7 +99,10 @@ impl RunDir {
             done: "read",
             source,
         })?;
-        Ok(Self { dir: dir.into(), boot: boot.trim().into() })
+        Ok(Self {
+            dir: dir.into(),
+            boot: boot.trim().into(),
+        })
     }
 
     /// The marks of this boot; drawn if there are none yet.
@@ -123,7 +131,11 @@ impl RunDir {
             let path = self.dir.join(name);
             match fs::remove_file(&path) {
                 Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                    return Err(RecordsError::File { path, done: "removed", source });
+                    return Err(RecordsError::File {
+                        path,
+                        done: "removed",
+                        source,
+                    });
                 }
                 Ok(()) | Err(_) => {}
             }
@@ -136,7 +148,13 @@ impl RunDir {
         let text = match fs::read(&path) {
             Ok(text) => text,
             Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(source) => return Err(RecordsError::File { path, done: "read", source }),
+            Err(source) => {
+                return Err(RecordsError::File {
+                    path,
+                    done: "read",
+                    source,
+                });
+            }
         };
         match serde_json::from_slice::<OfThisBoot<T>>(&text) {
             Ok(file) if file.boot == self.boot => Ok(Some(file.content)),
@@ -151,10 +169,16 @@ impl RunDir {
 
     fn write<T: Serialize>(&self, name: &str, content: &T) -> Result<(), RecordsError> {
         let path = self.dir.join(name);
-        let failed =
-            |source| RecordsError::File { path: path.clone(), done: "written", source };
-        let text = serde_json::to_vec(&OfThisBoot { boot: self.boot.clone(), content })
-            .map_err(|error| failed(error.into()))?;
+        let failed = |source| RecordsError::File {
+            path: path.clone(),
+            done: "written",
+            source,
+        };
+        let text = serde_json::to_vec(&OfThisBoot {
+            boot: self.boot.clone(),
+            content,
+        })
+        .map_err(|error| failed(error.into()))?;
         let new = self.dir.join(format!("{name}.new"));
         let mut file = OpenOptions::new()
             .write(true)
@@ -176,15 +200,27 @@ const PODS: &str = "pods.json";
 /// Refuses a bpf directory that is not (going to be) on a bpffs: pins elsewhere fail one by one
 /// with errors nobody understands.
 pub(super) fn check_bpffs(bpf_dir: &Path) -> Result<(), RecordsError> {
-    let there = bpf_dir.ancestors().find(|dir| dir.is_dir()).unwrap_or(Path::new("/"));
-    let is_bpffs = statfs::statfs(there)
-        .is_ok_and(|fs| fs.filesystem_type() == statfs::BPF_FS_MAGIC);
-    if is_bpffs { Ok(()) } else { Err(RecordsError::NoBpffs { path: bpf_dir.into() }) }
+    let there = bpf_dir
+        .ancestors()
+        .find(|dir| dir.is_dir())
+        .unwrap_or(Path::new("/"));
+    let is_bpffs =
+        statfs::statfs(there).is_ok_and(|fs| fs.filesystem_type() == statfs::BPF_FS_MAGIC);
+    if is_bpffs {
+        Ok(())
+    } else {
+        Err(RecordsError::NoBpffs {
+            path: bpf_dir.into(),
+        })
+    }
 }
 
 fn draw(mut random: impl FnMut() -> u32) -> Marks {
     loop {
-        let marks = Marks { ours: random() & MARK_MASK, capture: random() & MARK_MASK };
+        let marks = Marks {
+            ours: random() & MARK_MASK,
+            capture: random() & MARK_MASK,
+        };
         if is_usable(marks) {
             return marks;
         }
@@ -208,10 +244,27 @@ mod tests {
 
     #[test]
     fn marks_are_never_zero_equal_or_anothers() {
-        let mut numbers =
-            [0, 5, 7, 7, 0x1539, 5, 5, 0xff00_0000, 0xff00_0005, 0xff00_0009].into_iter();
+        let mut numbers = [
+            0,
+            5,
+            7,
+            7,
+            0x1539,
+            5,
+            5,
+            0xff00_0000,
+            0xff00_0005,
+            0xff00_0009,
+        ]
+        .into_iter();
         let marks = draw(|| numbers.next().unwrap());
-        assert_eq!(marks, Marks { ours: 5, capture: 9 });
+        assert_eq!(
+            marks,
+            Marks {
+                ours: 5,
+                capture: 9
+            }
+        );
     }
 
     #[test]
@@ -261,7 +314,9 @@ mod tests {
     #[test]
     fn a_bpf_directory_elsewhere_names_the_command_to_mount_one() {
         let dir = tempfile::tempdir().unwrap();
-        let error = check_bpffs(&dir.path().join("not/yet")).unwrap_err().to_string();
+        let error = check_bpffs(&dir.path().join("not/yet"))
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("mount -t bpf"), "{error}");
     }
 }
