@@ -16,8 +16,7 @@
 //!
 //! **No resumption.** A resumed session skips both certificates, so it would outlive an identity,
 //! an expiry and a bundle. Tunnels are few and live long, so the cost is small: one ECDSA
-//! signature and two verifications per side and tunnel, well under a millisecond on a PC and a few
-//! milliseconds on a Raspberry Pi, and never per connection of an application.
+//! signature and two verifications per side and tunnel, and never per connection of an application.
 //!
 //! **Ciphers.** AES-GCM first where the CPU has AES instructions, ChaCha20 first where not. A
 //! server without them insists on its order, a server with them follows the client's: so the
