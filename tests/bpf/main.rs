@@ -1,10 +1,11 @@
-//! The kernel half and its loader, against a real kernel.
+//! The tier `bpf`: the kernel half and the datapath on real namespaces.
 
-mod datapath_devices;
-mod datapath_world;
+mod datapath;
+
+use libtest_mimic::Arguments;
 
 fn main() {
-    let arguments = libtest_mimic::Arguments::from_args();
-    let trials = datapath_devices::trials();
-    libtest_mimic::run(&arguments, trials).exit();
+    let arguments = Arguments::from_args();
+    let missing = (!nix::unistd::geteuid().is_root()).then_some("needs root");
+    libtest_mimic::run(&arguments, datapath::trials(missing)).exit();
 }

@@ -57,14 +57,8 @@ impl Netns {
         })
     }
 
-    /// `eth0` here and `peer` there, up, with these addresses (`10.0.0.2/24`) on each.
-    pub(crate) fn connect(
-        &self,
-        other: &Netns,
-        peer: &str,
-        here: &[&str],
-        there: &[&str],
-    ) -> Result<()> {
+    /// A wire from `eth0` here to `eth0` there, up, with these addresses at each end.
+    pub(crate) fn connect_eth0(&self, other: &Netns, here: &[&str], there: &[&str]) -> Result<()> {
         self.ip(&[
             "link",
             "add",
@@ -73,16 +67,26 @@ impl Netns {
             "veth",
             "peer",
             "name",
-            peer,
+            "eth0",
             "netns",
             &other.name,
         ])?;
-        for (netns, device, addresses) in [(self, "eth0", here), (other, peer, there)] {
+        for (netns, addresses) in [(self, here), (other, there)] {
             for address in addresses {
-                netns.ip(&["addr", "add", address, "dev", device, "nodad"])?;
+                let length = if address.contains(':') { 64 } else { 24 };
+                netns.ip(&[
+                    "addr",
+                    "add",
+                    &format!("{address}/{length}"),
+                    "dev",
+                    "eth0",
+                    "nodad",
+                ])?;
             }
-            netns.ip(&["link", "set", device, "up"])?;
+            netns.ip(&["link", "set", "eth0", "up"])?;
         }
+        // Link-local addresses come a moment after the carrier.
+        thread::sleep(std::time::Duration::from_millis(100));
         Ok(())
     }
 
