@@ -83,10 +83,10 @@ impl Netns {
                     "nodad",
                 ])?;
             }
+            // A link-local address would come a while after the carrier and spoil the pictures.
+            netns.ip(&["link", "set", "eth0", "addrgenmode", "none"])?;
             netns.ip(&["link", "set", "eth0", "up"])?;
         }
-        // Link-local addresses come a moment after the carrier.
-        thread::sleep(std::time::Duration::from_millis(100));
         Ok(())
     }
 
