@@ -81,6 +81,32 @@ impl Agent {
         settings: DatapathSettings,
         pods: Vec<DesiredPod>,
     ) -> Result<Self> {
+        Self::start_with(node, settings, pods, serve)
+    }
+
+    /// Keeps the listeners and accepts nothing: many pods, few threads.
+    pub(crate) fn start_idle(
+        node: &Netns,
+        settings: DatapathSettings,
+        pods: Vec<DesiredPod>,
+    ) -> Result<Self> {
+        let mut kept = HashMap::new();
+        Self::start_with(node, settings, pods, move |event, _served| match event {
+            PodEvent::Captured { pod, listeners } => {
+                kept.insert(Arc::clone(pod.uid()), listeners);
+            }
+            PodEvent::Released { uid } => {
+                kept.remove(&uid);
+            }
+        })
+    }
+
+    fn start_with(
+        node: &Netns,
+        settings: DatapathSettings,
+        pods: Vec<DesiredPod>,
+        mut each: impl FnMut(PodEvent, &Served) + Send + 'static,
+    ) -> Result<Self> {
         let served = Served::default();
         let (sender, receiver) = watch::channel(Arc::new(pods));
         let (runtime, datapath) = node.run(|| -> Result<_> {
@@ -93,7 +119,7 @@ impl Agent {
             let served = Arc::clone(&served);
             thread::spawn(move || {
                 while let Some(event) = inbox.blocking_recv() {
-                    serve(event, &served);
+                    each(event, &served);
                 }
                 for (_handle, stop) in served.lock().values() {
                     stop.store(true, Ordering::Relaxed);
@@ -230,7 +256,7 @@ fn accept(listener: &TcpListener, inbound: bool, pod: &Arc<PodHandle>, stop: &Ar
                     }
                 });
             }
-            Err(_) => thread::sleep(Duration::from_millis(3)),
+            Err(_) => thread::sleep(Duration::from_millis(10)),
         }
     }
 }
