@@ -6,7 +6,10 @@ use picomesh::datapath::{
     diag,
 };
 
-use super::{Test, world::Netns};
+use super::{
+    Test,
+    world::{Netns, ensure_same},
+};
 
 const MARK: u32 = 0x5a_1234;
 
@@ -198,7 +201,7 @@ fn removed() -> Result<()> {
     for _ in 0..2 {
         pod.run(|| devices::remove(&owner(false)))??;
         let after = pod.picture()?;
-        ensure!(after == before, "before:\n{before}\nafter:\n{after}");
+        ensure_same(&before, &after)?;
     }
     Ok(())
 }

@@ -13,7 +13,7 @@ use picomesh::datapath::{Datapath, PodSockets};
 use super::{
     Test,
     agent::{Agent, Dirs, desired, until},
-    world::Netns,
+    world::{Netns, ensure_same},
 };
 
 pub(super) const TESTS: [Test; 9] = [
@@ -265,7 +265,7 @@ fn leaving() -> Result<()> {
     }
     ping(&mut plain)?;
     let after = world.client.picture()? + &world.server.picture()?;
-    ensure!(after == before, "before:\n{before}\nafter:\n{after}");
+    ensure_same(&before, &after)?;
     let pins = world.dirs.settings().bpf_dir.join("v1/pods");
     ensure!(std::fs::read_dir(&pins)?.count() == 0, "pins are left");
     Ok(())
@@ -464,7 +464,7 @@ fn cleaned() -> Result<()> {
         let after = world.client.picture()? + &world.server.picture()?;
         if !force_clsact {
             // An empty clsact may have been there before us, so it stays.
-            ensure!(after == before, "before:\n{before}\nafter:\n{after}");
+            ensure_same(&before, &after)?;
         }
         ensure!(!settings.bpf_dir.exists() && std::fs::read_dir(settings.run_dir)?.count() == 0);
     }

@@ -4,6 +4,7 @@ use std::{
     process::{Command, Stdio},
     sync::atomic::{AtomicU32, Ordering},
     thread,
+    time::Duration,
 };
 
 use anyhow::{Context, Result, ensure};
@@ -87,6 +88,15 @@ impl Netns {
             netns.ip(&["link", "set", "eth0", "addrgenmode", "none"])?;
             netns.ip(&["link", "set", "eth0", "up"])?;
         }
+        for netns in [self, other] {
+            // The carrier is noticed by a worker of the kernel's.
+            for _ in 0..100 {
+                if netns.ip(&["link", "show", "eth0"])?.contains("state UP") {
+                    break;
+                }
+                thread::sleep(Duration::from_millis(20));
+            }
+        }
         Ok(())
     }
 
@@ -113,6 +123,19 @@ impl Drop for Netns {
             eprintln!("{error:#}");
         }
     }
+}
+
+/// Says what is only in one of two pictures.
+pub(crate) fn ensure_same(before: &str, after: &str) -> Result<()> {
+    let only = |one: &str, other: &str| -> Vec<String> {
+        one.lines()
+            .filter(|line| !other.lines().any(|l| l == *line))
+            .map(str::to_owned)
+            .collect()
+    };
+    let (gone, new) = (only(before, after), only(after, before));
+    ensure!(before == after, "gone: {gone:#?}, new: {new:#?}");
+    Ok(())
 }
 
 pub(crate) fn run(command: &[&str]) -> Result<String> {
