@@ -129,7 +129,10 @@ fn split(text: &str) -> Vec<Part<'_>> {
 
 /// `%YAML` and the like belong to the document that the next `---` begins.
 fn is_directive(text: &str) -> bool {
-    text.starts_with('%') && text.lines().all(|line| line.is_empty() || line.starts_with(['%', '#']))
+    text.starts_with('%')
+        && text
+            .lines()
+            .all(|line| line.is_empty() || line.starts_with(['%', '#']))
 }
 
 fn read_part(part: &Part<'_>, converter: &Converter) -> Vec<Result<Document, Wrong>> {

@@ -284,3 +284,6 @@ impl DenyReason {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
