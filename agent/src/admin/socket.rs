@@ -256,7 +256,10 @@ mod tests {
     async fn nonsense_and_oversize_are_answered_with_a_reason() {
         let dir = tempfile::tempdir().unwrap();
         let _drain = serve(dir.path());
-        for line in ["{\"subject\":\"shutdown\"}\n".to_owned(), "x".repeat(8_000) + "\n"] {
+        for line in [
+            "{\"subject\":\"shutdown\"}\n".to_owned(),
+            "x".repeat(8_000) + "\n",
+        ] {
             let mut stream = UnixStream::connect(dir.path().join(NAME)).await.unwrap();
             // What is beyond the bound may meet a closed socket.
             let _ = stream.write_all(line.as_bytes()).await;
