@@ -9,35 +9,39 @@
 //! One writer: only the loop changes the table of pods. The work itself blocks (netlink, loading
 //! programs), so it runs on a few worker threads; nothing else of the agent waits for it.
 
+mod captured;
+mod claims;
 mod enrolment;
+mod error;
+mod leaving;
+mod reconcile;
 mod records;
+mod table;
 
-use std::{
-    collections::HashMap,
-    path::PathBuf,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{path::PathBuf, sync::Arc};
 
 use anyhow::Context;
 use parking_lot::Mutex;
-use picomesh_common::{StandingKey, config::rule};
+use picomesh_common::config::rule;
 use tokio::{
     sync::{Notify, mpsc, watch},
-    task::{JoinSet, spawn_blocking},
+    task::spawn_blocking,
 };
 
 use self::{
-    enrolment::{Captured, Checked, Claims, Core, Leave, PodError},
+    captured::Core,
+    claims::Claims,
+    enrolment::Adopted,
+    reconcile::Reconciler,
     records::RunDir,
+    table::{Stage, Table},
 };
 use super::{
-    Desired, DesiredPod, PodEvent,
-    loader::{Loader, LoaderError, LoaderSettings},
+    Desired, PodEvent,
+    loader::{Loader, LoaderSettings},
     netns::Home,
     sockets::SocketOwner,
 };
-use crate::state::PodUid;
 
 #[derive(Clone, Debug)]
 pub struct DatapathSettings {
@@ -96,8 +100,13 @@ impl Datapath {
             .context("start")??;
         let mut table = Table::default();
         let mut announced = Vec::new();
-        for (captured, event) in adopted {
-            announced.push(event);
+        for Adopted {
+            captured,
+            listeners,
+        } in adopted
+        {
+            let pod = Arc::clone(&captured.handle);
+            announced.push(PodEvent::Captured { pod, listeners });
             table.adopt(captured);
         }
         let datapath = Arc::new(Self {
@@ -173,7 +182,7 @@ fn open(
     settings: DatapathSettings,
     home: Arc<Home>,
     events: mpsc::Sender<PodEvent>,
-) -> anyhow::Result<(Core, Vec<(Arc<Captured>, PodEvent)>)> {
+) -> anyhow::Result<(Core, Vec<Adopted>)> {
     anyhow::ensure!(
         settings.data_threads > 0,
         "data threads: 0; a connection needs at least one to serve it"
@@ -209,10 +218,7 @@ fn open(
     let mut adopted = Vec::new();
     for record in &records {
         match enrolment::adopt(&core, record) {
-            Ok(Some((captured, listeners))) => {
-                let pod = Arc::clone(&captured.handle);
-                adopted.push((captured, PodEvent::Captured { pod, listeners }));
-            }
+            Ok(Some(pod)) => adopted.push(pod),
             Ok(None) => tracing::info!(pod = record.name, "gone while no agent was running"),
             Err(error) => {
                 tracing::warn!(pod = record.name, error = error.sentence(), "cannot adopt");
@@ -253,8 +259,8 @@ fn clean(settings: &DatapathSettings, home: &Arc<Home>) -> anyhow::Result<()> {
     let marks = run_dir.marks()?;
     let loader = Loader::new(loader_settings(settings, marks, home.cookie()))?;
     for record in run_dir.records()? {
-        let alias = enrolment::alias(&settings.bpf_dir, &record.uid);
-        enrolment::clean(&loader, home, marks, &record, alias)
+        let alias = captured::alias(&settings.bpf_dir, &record.uid);
+        leaving::clean(&loader, home, marks, &record, alias)
             .with_context(|| format!("pod {}", record.name))?;
     }
     for slot in loader.pinned_slots()? {
@@ -262,493 +268,4 @@ fn clean(settings: &DatapathSettings, home: &Arc<Home>) -> anyhow::Result<()> {
     }
     loader.remove_everything()?;
     Ok(run_dir.forget()?)
-}
-
-// ---- the table ----
-
-#[derive(Default)]
-struct Table {
-    pods: HashMap<PodUid, Entry>,
-    /// The desired pods are known: until then nobody is un-enrolled.
-    known: bool,
-    host_problem: Option<(&'static str, String)>,
-}
-
-struct Entry {
-    name: String,
-    /// `None`: should not be captured.
-    desired: Option<Arc<DesiredPod>>,
-    stage: Stage,
-    /// What went wrong last, until it goes right.
-    failure: Option<Failure>,
-    repairs: u64,
-    /// Something changed that a check must carry over to the kernel.
-    stale: bool,
-}
-
-enum Stage {
-    /// Not tried yet.
-    Pending,
-    /// Tried, and not captured.
-    Failed,
-    Captured(Arc<Captured>),
-    Leaving(Arc<Captured>, Arc<Mutex<Option<Leave>>>),
-}
-
-struct Failure {
-    reason: &'static str,
-    sentence: String,
-    /// In a row; the wait doubles with each.
-    times: u32,
-    next_try: Instant,
-}
-
-/// What the loop has decided to do for one pod.
-enum Job {
-    Enrol(Arc<DesiredPod>),
-    Check(Arc<DesiredPod>, Arc<Captured>),
-    Leave(Arc<Captured>, Arc<Mutex<Option<Leave>>>),
-    /// The namespace is not there any more, or is another one.
-    Gone(Arc<Captured>),
-}
-
-/// What became of it.
-enum Outcome {
-    Enrolled(Arc<Captured>),
-    Checked(Checked),
-    StillLeaving,
-    Left,
-}
-
-impl Table {
-    fn adopt(&mut self, captured: Arc<Captured>) {
-        use super::PodSockets;
-        self.pods.insert(
-            Arc::clone(captured.handle.uid()),
-            Entry {
-                name: captured.name.clone(),
-                desired: None,
-                stage: Stage::Captured(captured),
-                failure: None,
-                repairs: 0,
-                stale: true,
-            },
-        );
-    }
-
-    /// Writes down what should be. What should not be any more is found by its absence.
-    fn want(&mut self, desired: &[DesiredPod]) {
-        for entry in self.pods.values_mut() {
-            entry.desired = None;
-        }
-        for pod in desired {
-            let entry = self
-                .pods
-                .entry(Arc::clone(&pod.uid))
-                .or_insert_with(|| Entry {
-                    name: pod.name.clone(),
-                    desired: None,
-                    stage: Stage::Pending,
-                    failure: None,
-                    repairs: 0,
-                    stale: false,
-                });
-            entry.name.clone_from(&pod.name);
-            entry.stale = true;
-            entry.desired = Some(Arc::new(pod.clone()));
-        }
-    }
-
-    /// What to do now; `all` for a full turn, else only what is new, due or leaving.
-    fn jobs(&mut self, all: bool, now: Instant) -> Vec<(PodUid, Job)> {
-        let known = self.known;
-        // Wanted no more, and nothing of it in the kernel.
-        self.pods.retain(|_uid, entry| {
-            entry.desired.is_some()
-                || matches!(entry.stage, Stage::Captured(_) | Stage::Leaving(..))
-        });
-        let mut jobs = Vec::new();
-        for (uid, entry) in &mut self.pods {
-            let due = entry
-                .failure
-                .as_ref()
-                .is_none_or(|failure| failure.next_try <= now);
-            let job = match (&entry.stage, &entry.desired) {
-                (Stage::Pending | Stage::Failed, Some(pod)) => {
-                    (due || entry.stale).then(|| Job::Enrol(Arc::clone(pod)))
-                }
-                (Stage::Pending | Stage::Failed, None) => None,
-                (Stage::Captured(captured) | Stage::Leaving(captured, _), pod)
-                    if !captured.is_there()
-                        || pod
-                            .as_ref()
-                            .is_some_and(|pod| pod.netns != captured.netns_path) =>
-                {
-                    Some(Job::Gone(Arc::clone(captured)))
-                }
-                (Stage::Captured(captured) | Stage::Leaving(captured, _), Some(pod)) => {
-                    let needed = all
-                        || entry.stale
-                        || entry.failure.is_some() && due
-                        || matches!(entry.stage, Stage::Leaving(..));
-                    needed.then(|| Job::Check(Arc::clone(pod), Arc::clone(captured)))
-                }
-                (Stage::Captured(_), None) if !known => None,
-                (Stage::Captured(captured), None) => {
-                    let captured = Arc::clone(captured);
-                    let leave = Arc::new(Mutex::new(None));
-                    entry.stage = Stage::Leaving(Arc::clone(&captured), Arc::clone(&leave));
-                    Some(Job::Leave(captured, leave))
-                }
-                (Stage::Leaving(captured, leave), None) => {
-                    due.then(|| Job::Leave(Arc::clone(captured), Arc::clone(leave)))
-                }
-            };
-            if let Some(job) = job {
-                entry.stale = false;
-                jobs.push((Arc::clone(uid), job));
-            }
-        }
-        jobs
-    }
-
-    fn apply(&mut self, uid: &PodUid, result: Result<Outcome, PodError>, now: Instant) {
-        let Some(entry) = self.pods.get_mut(uid) else {
-            return;
-        };
-        match result {
-            Ok(outcome) => {
-                entry.failure = None;
-                entry.succeed(outcome);
-            }
-            Err(error) => entry.fail(&error, now),
-        }
-    }
-
-    /// When the loop must look again although nothing happened.
-    fn next_look(&self, now: Instant) -> Option<Instant> {
-        self.pods
-            .values()
-            .filter_map(|entry| match (&entry.stage, &entry.failure) {
-                (_, Some(failure)) => Some(failure.next_try),
-                (Stage::Pending, None) => Some(now),
-                (Stage::Leaving(..), None) => Some(now + LEAVING_LOOK),
-                (Stage::Captured(_) | Stage::Failed, None) => None,
-            })
-            .min()
-    }
-}
-
-impl Entry {
-    fn succeed(&mut self, outcome: Outcome) {
-        match outcome {
-            Outcome::Enrolled(captured) => {
-                tracing::info!(
-                    pod = self.name,
-                    slot = captured.handle.slot(),
-                    netns = captured.handle.netns().inode(),
-                    "captured"
-                );
-                self.stage = Stage::Captured(captured);
-            }
-            Outcome::Checked(Checked { repaired }) => {
-                if let Stage::Leaving(captured, _) = &self.stage {
-                    tracing::info!(pod = self.name, "captured again before it had left");
-                    self.stage = Stage::Captured(Arc::clone(captured));
-                } else if !repaired.is_empty() {
-                    tracing::info!(pod = self.name, ?repaired, "mended");
-                    self.repairs += 1;
-                }
-            }
-            Outcome::StillLeaving => {}
-            Outcome::Left => {
-                tracing::info!(pod = self.name, "released");
-                self.stage = Stage::Pending;
-            }
-        }
-    }
-
-    fn fail(&mut self, error: &PodError, now: Instant) {
-        let times = self
-            .failure
-            .as_ref()
-            .map_or(1, |failure| failure.times.saturating_add(1));
-        let (reason, sentence) = (error.reason(), error.sentence());
-        if self
-            .failure
-            .as_ref()
-            .is_none_or(|before| before.sentence != sentence)
-        {
-            tracing::warn!(
-                pod = self.name,
-                reason,
-                error = sentence,
-                "cannot be captured as it should"
-            );
-        }
-        self.failure = Some(Failure {
-            reason,
-            sentence,
-            times,
-            next_try: now + backoff(times),
-        });
-        if matches!(self.stage, Stage::Pending) {
-            self.stage = Stage::Failed;
-        }
-    }
-
-    fn status(&self, uid: &PodUid) -> PodStatus {
-        let (state, captured) = match &self.stage {
-            Stage::Pending | Stage::Failed => ("pending", None),
-            Stage::Captured(captured) => ("captured", Some(captured)),
-            Stage::Leaving(captured, _) => ("leaving", Some(captured)),
-        };
-        PodStatus {
-            uid: uid.to_string(),
-            name: self.name.clone(),
-            slot: captured.map(|captured| captured.handle.slot()),
-            state: if self.failure.is_some() {
-                "failed"
-            } else {
-                state
-            },
-            reason: self
-                .failure
-                .as_ref()
-                .map(|f| (f.reason, f.sentence.clone())),
-            repairs: self.repairs,
-            counters: Vec::new(),
-        }
-    }
-}
-
-/// 1, 2, 4 … 60 seconds.
-fn backoff(times: u32) -> Duration {
-    Duration::from_secs(1 << times.saturating_sub(1).min(6)).min(Duration::from_secs(60))
-}
-
-// ---- the loop ----
-
-/// A full turn: the kernel's state of every pod is read and compared.
-const FULL_TURN: Duration = Duration::from_secs(30);
-const LEAVING_LOOK: Duration = Duration::from_millis(500);
-/// Enrolments at a time. Loading programs is mostly CPU, so more would only take from the data
-/// threads.
-const WORKERS: usize = 4;
-
-struct Reconciler {
-    core: Arc<Core>,
-    table: Arc<Mutex<Table>>,
-    kick: Arc<Notify>,
-}
-
-impl Reconciler {
-    async fn run(self, mut desired: watch::Receiver<Desired>, announced: Vec<PodEvent>) {
-        for event in announced {
-            if self.core.events.send(event).await.is_err() {
-                return;
-            }
-        }
-        let first = Arc::clone(&desired.borrow_and_update());
-        {
-            let mut table = self.table.lock();
-            table.known = !first.is_empty() || table.pods.is_empty();
-            table.want(&first);
-        }
-        let mut next_full = Instant::now();
-        loop {
-            let now = Instant::now();
-            let all = now >= next_full;
-            if all {
-                next_full = now + FULL_TURN;
-                self.look_at_host().await;
-            }
-            let jobs = self.table.lock().jobs(all, now);
-            self.work(jobs).await;
-
-            let wake = self.table.lock().next_look(Instant::now());
-            let wake = wake.map_or(next_full, |wake| wake.min(next_full));
-            tokio::select! {
-                changed = desired.changed() => {
-                    if changed.is_err() {
-                        tracing::debug!("nobody says what is desired any more; all stays pinned");
-                        return;
-                    }
-                    let desired = Arc::clone(&desired.borrow_and_update());
-                    let mut table = self.table.lock();
-                    table.known = true;
-                    table.want(&desired);
-                }
-                () = self.kick.notified() => next_full = Instant::now(),
-                () = tokio::time::sleep_until(wake.into()) => {}
-            }
-        }
-    }
-
-    async fn work(&self, jobs: Vec<(PodUid, Job)>) {
-        let standing = if jobs.iter().any(|(_, job)| matches!(job, Job::Check(..))) {
-            let core = Arc::clone(&self.core);
-            match spawn_blocking(move || core.loader.standing()).await {
-                Ok(Ok(keys)) => keys,
-                Ok(Err(error)) => {
-                    tracing::warn!(%error, "cannot read the standing connections");
-                    Vec::new()
-                }
-                Err(_ending) => return,
-            }
-        } else {
-            Vec::new()
-        };
-        let standing: Arc<[StandingKey]> = standing.into();
-        let mut running = JoinSet::new();
-        let mut jobs = jobs.into_iter();
-        loop {
-            while running.len() < WORKERS
-                && let Some((uid, job)) = jobs.next()
-            {
-                let (core, standing) = (Arc::clone(&self.core), Arc::clone(&standing));
-                running.spawn_blocking(move || (uid, job.run(&core, &standing)));
-            }
-            match running.join_next().await {
-                Some(Ok((uid, result))) => self.table.lock().apply(&uid, result, Instant::now()),
-                Some(Err(error)) => tracing::error!(%error, "a worker of the datapath failed"),
-                None => return,
-            }
-        }
-    }
-
-    async fn look_at_host(&self) {
-        let core = Arc::clone(&self.core);
-        let result = spawn_blocking(move || core.loader.attach_host_sockets()).await;
-        let problem = match result {
-            Ok(Ok(())) => None,
-            Ok(Err(error)) => {
-                let word = if matches!(error, LoaderError::NoCgroup2) {
-                    "no_cgroup2"
-                } else {
-                    "host_sockets"
-                };
-                Some((word, PodError::from(error).sentence()))
-            }
-            Err(_ending) => return,
-        };
-        let mut table = self.table.lock();
-        if let Some((reason, error)) = &problem
-            && table.host_problem != problem
-        {
-            tracing::warn!(reason, error, "probes of the host are not recognised");
-        }
-        table.host_problem = problem;
-    }
-}
-
-impl Job {
-    fn run(self, core: &Core, standing: &[StandingKey]) -> Result<Outcome, PodError> {
-        match self {
-            Self::Enrol(pod) => enrolment::enrol(core, &pod).map(Outcome::Enrolled),
-            Self::Check(pod, captured) => {
-                enrolment::check(core, &pod, &captured, standing).map(Outcome::Checked)
-            }
-            Self::Leave(captured, leave) => {
-                let now = Instant::now();
-                // Held for the whole step; nobody else wants it but the next step.
-                let mut leave = leave.lock();
-                let leave = match &mut *leave {
-                    Some(leave) => leave,
-                    none => none.insert(Leave::begin(core, &captured, now)?),
-                };
-                Ok(if leave.step(core, &captured, now)? {
-                    Outcome::Left
-                } else {
-                    Outcome::StillLeaving
-                })
-            }
-            Self::Gone(captured) => enrolment::gone(core, &captured).map(|()| Outcome::Left),
-        }
-    }
-}
-
-#[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test may panic")]
-mod tests {
-    use picomesh_common::PodConfig;
-
-    use super::*;
-
-    fn pod(uid: &str) -> DesiredPod {
-        DesiredPod {
-            uid: uid.into(),
-            name: format!("ns/{uid}"),
-            ips: Vec::new(),
-            config: PodConfig::EMPTY,
-            netns: format!("/run/netns/{uid}").into(),
-        }
-    }
-
-    fn uids(jobs: &[(PodUid, Job)]) -> Vec<&str> {
-        let mut uids: Vec<&str> = jobs
-            .iter()
-            .map(|(uid, job)| {
-                assert!(matches!(job, Job::Enrol(_)));
-                &**uid
-            })
-            .collect();
-        uids.sort_unstable();
-        uids
-    }
-
-    #[test]
-    fn a_failed_pod_is_tried_again_later_and_at_once_when_it_changed() {
-        let mut table = Table {
-            known: true,
-            ..Table::default()
-        };
-        let start = Instant::now();
-        table.want(&[pod("a"), pod("b")]);
-        assert_eq!(uids(&table.jobs(false, start)), ["a", "b"]);
-        let uid = PodUid::from("a");
-        table.apply(&uid, Err(PodError::NoSlot), start);
-        table.apply(&PodUid::from("b"), Err(PodError::NoSlot), start);
-        let status = table.pods[&uid].status(&uid);
-        assert_eq!(
-            (status.state, status.reason.unwrap().0),
-            ("failed", "no_slot")
-        );
-
-        assert!(table.jobs(true, start).is_empty(), "not before its time");
-        assert_eq!(table.next_look(start), Some(start + Duration::from_secs(1)));
-        assert_eq!(
-            uids(&table.jobs(false, start + Duration::from_secs(1))),
-            ["a", "b"]
-        );
-        table.want(&[pod("a")]);
-        assert_eq!(uids(&table.jobs(false, start)), ["a"]);
-        assert_eq!(
-            table.pods.len(),
-            1,
-            "what is not wanted and not there is forgotten"
-        );
-    }
-
-    #[test]
-    fn tries_grow_rarer_up_to_a_minute() {
-        let seconds: Vec<u64> = (1..10).map(|times| backoff(times).as_secs()).collect();
-        assert_eq!(seconds, [1, 2, 4, 8, 16, 32, 60, 60, 60]);
-        assert_eq!(backoff(u32::MAX).as_secs(), 60);
-    }
-
-    #[test]
-    fn every_failure_has_a_word_and_a_sentence_without_repeats() {
-        let error = PodError::Sockets {
-            doing: "making listeners",
-            source: std::io::Error::from_raw_os_error(nix::libc::EMFILE),
-        };
-        assert_eq!(error.reason(), "sockets");
-        let sentence = error.sentence();
-        assert_eq!(
-            sentence.matches("Too many open files").count(),
-            1,
-            "{sentence}"
-        );
-    }
 }

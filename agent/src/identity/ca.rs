@@ -40,7 +40,7 @@ use super::{
     clock::Clock,
     csr::{Request, RequestError, believed_key},
     spiffe::parse_spiffe_id,
-    tls::Tls,
+    tls::{Tls, tls_reason},
 };
 
 /// How long a workload's certificate lives, from now on.
@@ -423,8 +423,9 @@ fn load(
             .check_own(&probe, &signed.chain)
             .map_err(|error| {
                 unusable(format!(
-                    "what it signs is not accepted with the anchors in ca.crt ({error}): add its \
-                     root to ca.crt, and see that it may sign certificates"
+                    "what it signs is not accepted with the anchors in ca.crt ({}): add its \
+                     root to ca.crt, and see that it may sign certificates",
+                    tls_reason(&error)
                 ))
             })?;
     }
@@ -565,3 +566,6 @@ fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> CaEr
         source,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -35,7 +35,7 @@ use super::{
     csr::Request,
     schedule::{Now, Schedule, Validity},
     spiffe::server_name_text,
-    tls::{Certificates, Tls},
+    tls::{Certificates, Tls, tls_reason},
 };
 
 /// Requests under way at once: enough for a node that starts, too few to flood a signer.
@@ -491,8 +491,9 @@ impl Driver {
             .check_own(identity, &signed.chain)
             .map_err(|error| {
                 wrong(format!(
-                    "would not be accepted by peers ({error}); see to the trust bundle and to \
+                    "would not be accepted by peers ({}); see to the trust bundle and to \
                      this node's clock, which says {} s since 1970",
+                    tls_reason(&error),
                     seconds(self.clock.now())
                 ))
             })?;
@@ -625,3 +626,6 @@ fn seconds(at: SystemTime) -> u64 {
     at.duration_since(UNIX_EPOCH)
         .map_or(0, |since| since.as_secs())
 }
+
+#[cfg(test)]
+mod tests;

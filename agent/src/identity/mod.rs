@@ -11,6 +11,8 @@ pub mod csr;
 pub mod manager;
 mod schedule;
 pub mod spiffe;
+#[cfg(test)]
+mod testing;
 pub mod tls;
 
 use std::{collections::BTreeSet, future::Future, pin::Pin, sync::Arc, time::SystemTime};

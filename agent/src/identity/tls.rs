@@ -214,7 +214,15 @@ fn peer_reason(why: &PeerError) -> &'static str {
 
 impl Tls {
     pub(super) fn new(trust_domain: Arc<str>, bundle: &Bundle, clock: Arc<dyn Clock>) -> Self {
-        let aes = cpu_has_aes();
+        Self::with_ciphers(cpu_has_aes(), trust_domain, bundle, clock)
+    }
+
+    fn with_ciphers(
+        aes: bool,
+        trust_domain: Arc<str>,
+        bundle: &Bundle,
+        clock: Arc<dyn Clock>,
+    ) -> Self {
         let provider = Arc::new(provider(aes));
         Self {
             trust: Arc::new(Trust {
@@ -533,3 +541,6 @@ fn cpu_has_aes() -> bool {
     #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     return false;
 }
+
+#[cfg(test)]
+mod tests;
