@@ -97,7 +97,10 @@ mod tests {
         });
         drop(other);
         let begun = tokio::time::Instant::now();
-        assert_eq!(drain.drain(Duration::from_secs(10)).await, Drained::Finished);
+        assert_eq!(
+            drain.drain(Duration::from_secs(10)).await,
+            Drained::Finished
+        );
         assert_eq!(begun.elapsed(), Duration::from_secs(3));
         assert!(task.await.is_ok());
     }
