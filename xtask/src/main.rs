@@ -1,6 +1,9 @@
 //! The project's verbs: `cargo xtask VERB`. One file each; this one is their table.
 #![forbid(unsafe_code)]
-#![expect(clippy::print_stdout, reason = "a command line speaks on standard output")]
+#![expect(
+    clippy::print_stdout,
+    reason = "a command line speaks on standard output"
+)]
 
 mod cache;
 mod demo;
