@@ -1,0 +1,27 @@
+//! A cluster on one machine: nodes and pods as network namespaces, real agents, real programs.
+//!
+//! The tiers `bpf` and `mesh`, `cargo xtask demo` and `cargo xtask bench` build on it. It knows
+//! the agent only as a program with a command line: nothing of the agent's library is linked
+//! here, so the world compiles in seconds and cannot see more than a user sees.
+//!
+//! Read [`world`] first; [`netns`], [`process`] and [`reaper`] are what it stands on,
+//! [`manifest`] and [`agent`] what runs the mesh, [`client`], [`server`] and [`program`] what
+//! talks through it, [`capture`] and [`raw`] what looks at and forges the wire.
+pub mod agent;
+pub mod capture;
+pub mod client;
+pub mod manifest;
+pub mod metrics;
+pub mod netns;
+pub mod process;
+pub mod program;
+pub mod raw;
+pub mod reaper;
+pub mod requirements;
+pub mod server;
+pub mod wait;
+pub mod world;
+
+pub use agent::{Agent, AgentOptions};
+pub use netns::Netns;
+pub use world::{Node, Pod, PodSpec, Service, ServiceSpec, World};

@@ -1,0 +1,59 @@
+//! Runs the tables of tests: at most two at a time, with a reason for every skip.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use picomesh_tests::{agent, reaper, requirements};
+
+/// One row of a table.
+#[derive(Clone, Copy)]
+pub(crate) struct Test {
+    /// `subject::promise`.
+    pub(crate) name: &'static str,
+    pub(crate) needs: &'static [Need],
+    pub(crate) run: fn() -> Result<()>,
+}
+
+/// What a test cannot run without.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Need {
+    /// Root, network namespaces, Linux 6.1, cgroup v2, a built agent.
+    Mesh,
+    /// A program on the PATH.
+    Program(&'static str),
+}
+
+pub(crate) fn run(tests: Vec<Test>) -> ExitCode {
+    if let Err(e) = reaper::install() {
+        eprintln!("{e:#}");
+        return ExitCode::FAILURE;
+    }
+    let mut arguments = Arguments::from_args();
+    // Two cores: more worlds at a time only make timings worse.
+    arguments.test_threads = Some(arguments.test_threads.unwrap_or(2).min(2));
+    let trials = tests
+        .into_iter()
+        .map(|test| {
+            Trial::ignorable_test(test.name, move || match reason_to_skip(test.needs) {
+                Some(reason) => Ok(Completion::ignored_with(reason)),
+                None => (test.run)()
+                    .map(|()| Completion::Completed)
+                    .map_err(|e| Failed::from(format!("{e:#}"))),
+            })
+        })
+        .collect();
+    libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+fn reason_to_skip(needs: &[Need]) -> Option<String> {
+    // Every test stands in a world, so the machine's part holds for all.
+    if let Some(missing) = requirements::missing().first() {
+        return Some(format!("{} is missing: {}", missing.what, missing.remedy));
+    }
+    needs.iter().find_map(|need| match need {
+        Need::Mesh => agent::binary().err().map(|e| format!("{e:#}")),
+        Need::Program(name) => (!requirements::program(name))
+            .then(|| format!("{name} is not installed: cargo xtask setup")),
+    })
+}
