@@ -18,6 +18,8 @@ const CONNECTIONS: usize = 32;
 const PACE: u32 = 1_000;
 /// Connections of the memory load.
 const MANY: usize = 1_000;
+/// From the last byte to reading what memory is in use, while the connections stay.
+const QUIET: Duration = Duration::from_millis(500);
 
 /// How long and how often, settled by the command line.
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -212,18 +214,13 @@ pub(crate) fn round(
 /// Idle, with a thousand connections that each asked once, and some time after a thousand
 /// connections at once asked for as much as they could get.
 fn memory(stage: &Stage, plan: &Plan, result: &mut Round) -> Result<()> {
-    thread::sleep(Duration::from_millis(500));
+    thread::sleep(QUIET);
     put_memory(result, stage, Metric::Idle)?;
 
     let meter = stage.meter();
     let streams = stage.client.netns().run(|| load::open(stage.http, MANY))?;
-    let second = Window {
-        warm: Duration::ZERO,
-        measure: Duration::from_millis(1_200),
-    };
-    // The longest idle connection goes first, so a little over a second asks once on each.
-    let opened = load::requests(&streams, "/", Some(MANY as u32), second, &meter)?;
-    result.note("open", &opened);
+    load::once(&streams, "/")?;
+    thread::sleep(QUIET);
     put_memory(result, stage, Metric::Open)?;
 
     let burst = Window {

@@ -80,13 +80,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 
     let machine = Machine::here();
     println!(
-        "{} × {}, Linux {}, {}; {} rounds of {:?} loads",
-        machine.cores,
-        machine.cpu,
-        machine.kernel,
-        machine.congestion_control,
-        plan.rounds,
-        plan.measure
+        "{machine}; {} rounds of {:?} loads",
+        plan.rounds, plan.measure
     );
     let began = Instant::now();
     let (rounds, broken) = measure_all(&contenders, &plan, agent.as_deref());
@@ -169,8 +164,8 @@ fn plan(args: &Args) -> Result<Plan> {
     let plan = if args.quick {
         Plan {
             rounds: 3,
-            warm: Duration::from_millis(200),
-            measure: Duration::from_millis(1_200),
+            warm: Duration::from_millis(300),
+            measure: Duration::from_millis(1_500),
             settle: Duration::from_secs(3),
             memory_rounds: 1,
             spin: args.spin,

@@ -6,7 +6,7 @@
 //! is not attributed here. The machine's busy time, kept beside it in the JSON, has it all, the
 //! client's and the server's included.
 
-use std::{fs, path::Path, process::Command, time::Duration};
+use std::{fmt, fs, path::Path, process::Command, time::Duration};
 
 use anyhow::{Context, Result};
 use picomesh_tests::process::cpu_of;
@@ -97,6 +97,22 @@ impl Machine {
             nginx: said("nginx", &["-v"], "nginx/"),
             revision: revision(),
         }
+    }
+}
+
+impl fmt::Display for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} × {}, Linux {}, {}",
+            self.cores, self.cpu, self.kernel, self.congestion_control
+        )?;
+        for (name, version) in [("haproxy", &self.haproxy), ("nginx", &self.nginx)] {
+            if let Some(version) = version {
+                write!(f, ", {name} {version}")?;
+            }
+        }
+        Ok(())
     }
 }
 

@@ -18,7 +18,7 @@ use super::usage::{Meter, Usage};
 
 pub(crate) use bulk::{Sink, stream};
 pub(crate) use connections::churn;
-pub(crate) use http::{open, requests};
+pub(crate) use http::{once, open, requests};
 
 /// How long a single answer may take before the load calls it a failure.
 const PATIENCE: Duration = Duration::from_secs(5);
