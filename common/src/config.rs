@@ -6,6 +6,10 @@ pub const LAYOUT: u32 = 1;
 
 /// Pods that one agent can enrol; the size of every map that is indexed by slot.
 pub const MAX_PODS: u32 = 512;
+/// Connections of all pods together that stood before their pod was enrolled.
+pub const MAX_STANDING: u32 = 16384;
+/// Probes of the host that are under way; the least recently used make room.
+pub const MAX_PROBES: u32 = 4096;
 
 /// ifindex of the device through which captured *outbound* packets reach our listener.
 pub const MESH0_IFINDEX: u32 = 15001;

@@ -47,9 +47,9 @@ pub type ProbeKey = StandingKey;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProbeState {
-    /// `bpf_ktime_get_ns` when the host's socket dialled.
-    pub dialled_ns: u64,
-    /// [`ProbeState::DIALLING`] or [`ProbeState::ESTABLISHED`].
+    /// `bpf_ktime_get_ns` when this phase began.
+    pub since_ns: u64,
+    /// [`ProbeState::DIALLING`], [`ProbeState::ESTABLISHED`] or [`ProbeState::CLOSING`].
     pub phase: u32,
     pub _pad: u32,
 }
@@ -57,11 +57,15 @@ pub struct ProbeState {
 const _: () = assert!(size_of::<ProbeState>() == 16);
 
 impl ProbeState {
-    /// The host's SYN may pass, for [`ProbeState::LIFE_NS`] after it was dialled.
+    /// The host's SYN may pass, for [`ProbeState::LIFE_NS`].
     pub const DIALLING: u32 = 1;
     /// The host's socket stands: no SYN passes any more, other packets do until it closes.
     pub const ESTABLISHED: u32 = 2;
-    /// How long a dialling entry admits a SYN.
+    /// The host's socket is closed. What it sent last (a kubelet's TCP probe ends with RST, and the
+    /// kernel reports the close before it sends that) still reaches the application's socket that
+    /// was made for it, for [`ProbeState::LIFE_NS`]. Nobody can open anything with it.
+    pub const CLOSING: u32 = 3;
+    /// How long an entry counts that waits for something.
     pub const LIFE_NS: u64 = 10_000_000_000;
 }
 

@@ -1,1 +1,55 @@
-fn main() {}
+//! The project's verbs: `cargo xtask VERB`. One file each; this one is their table.
+#![forbid(unsafe_code)]
+#![expect(clippy::print_stdout, reason = "a command line speaks on standard output")]
+
+mod cache;
+mod demo;
+mod doctor;
+mod ebpf;
+mod mutants;
+mod needs;
+mod setup;
+mod shell;
+mod test;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "The project's verbs", version)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Say what this machine lacks for which verb, and why it is needed
+    Doctor(doctor::Args),
+    /// Get what `doctor` misses
+    Setup(setup::Args),
+    /// Compile the kernel half to target/ebpf/picomesh.bpf.o
+    Ebpf(ebpf::Args),
+    /// Show the mesh at work in a world of network namespaces
+    Demo(demo::Args),
+    /// Run every tier of tests
+    Test(test::Args),
+    /// Change the files that decide, one operator at a time, and see whether the tests notice
+    Mutants(mutants::Args),
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().verb {
+        Verb::Doctor(args) => doctor::run(&args),
+        Verb::Setup(args) => setup::run(&args),
+        Verb::Ebpf(args) => ebpf::run(&args),
+        Verb::Demo(args) => demo::run(&args),
+        Verb::Test(args) => test::run(&args),
+        Verb::Mutants(args) => mutants::run(&args),
+    };
+    done.unwrap_or_else(|e| {
+        eprintln!("{e:#}");
+        ExitCode::FAILURE
+    })
+}

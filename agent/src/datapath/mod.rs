@@ -8,6 +8,7 @@
 pub mod devices;
 pub mod diag;
 pub mod loader;
+mod netlink;
 pub mod netns;
 pub mod pods;
 pub mod sockets;

@@ -1,10 +1,47 @@
 //! Which pods should be captured, which are, and the way from one to the other.
+//!
+//! [`Datapath`] is the room's handle for the wiring, `debug pods` and the metrics. Behind it runs
+//! one loop: whenever the desired pods change, every thirty seconds and when it is kicked, it
+//! compares what should be with what the *kernel* says ([`enrolment`]) and mends the difference.
+//! It believes neither annotations nor its own memory; what it remembers over a `kill -9`
+//! ([`records`]) it checks first.
+//!
+//! One writer: only the loop changes the table of pods. The work itself blocks (netlink, loading
+//! programs), so it runs on a few worker threads; nothing else of the agent waits for it.
+
+mod captured;
+mod claims;
+mod enrolment;
+mod error;
+mod leaving;
+mod reconcile;
+mod records;
+mod table;
 
 use std::{path::PathBuf, sync::Arc};
 
-use tokio::sync::{mpsc, watch};
+use anyhow::Context;
+use parking_lot::Mutex;
+use picomesh_common::config::rule;
+use tokio::{
+    sync::{Notify, mpsc, watch},
+    task::spawn_blocking,
+};
 
-use super::{Desired, PodEvent};
+use self::{
+    captured::Core,
+    claims::Claims,
+    enrolment::Adopted,
+    reconcile::Reconciler,
+    records::RunDir,
+    table::{Stage, Table},
+};
+use super::{
+    Desired, PodEvent,
+    loader::{Loader, LoaderSettings},
+    netns::Home,
+    sockets::SocketOwner,
+};
 
 #[derive(Clone, Debug)]
 pub struct DatapathSettings {
@@ -38,25 +75,197 @@ pub struct PodStatus {
 }
 
 /// The room's handle.
-pub struct Datapath {}
+pub struct Datapath {
+    core: Arc<Core>,
+    table: Arc<Mutex<Table>>,
+    kick: Arc<Notify>,
+}
 
 impl Datapath {
     /// Mounts nothing, needs bpffs and cgroup v2 to be there (says what is missing). Adopts what an
-    /// earlier agent of the same layout left pinned.
+    /// earlier agent of the same layout left pinned: when this returns, each adopted pod has its
+    /// listeners.
+    ///
+    /// The calling thread must be in the node's network namespace. If pods were adopted, an empty
+    /// first value of `desired` means "not known yet" and un-enrols nobody; the next value counts
+    /// whatever it is. Ends, leaving everything pinned, when the sender of `desired` is dropped.
     pub async fn start(
-        _settings: DatapathSettings,
-        _desired: watch::Receiver<Desired>,
-        _events: mpsc::Sender<PodEvent>,
+        settings: DatapathSettings,
+        desired: watch::Receiver<Desired>,
+        events: mpsc::Sender<PodEvent>,
     ) -> anyhow::Result<Arc<Self>> {
-        unreachable!("written by the room's owner")
+        let home = Home::of_this_thread().context("the agent's network namespace")?;
+        let (core, adopted) = spawn_blocking(move || open(settings, home, events))
+            .await
+            .context("start")??;
+        let mut table = Table::default();
+        let mut announced = Vec::new();
+        for Adopted {
+            captured,
+            listeners,
+        } in adopted
+        {
+            let pod = Arc::clone(&captured.handle);
+            announced.push(PodEvent::Captured { pod, listeners });
+            table.adopt(captured);
+        }
+        let datapath = Arc::new(Self {
+            core: Arc::new(core),
+            table: Arc::new(Mutex::new(table)),
+            kick: Arc::new(Notify::new()),
+        });
+        let reconciler = Reconciler {
+            core: Arc::clone(&datapath.core),
+            table: Arc::clone(&datapath.table),
+            kick: Arc::clone(&datapath.kick),
+        };
+        tokio::spawn(reconciler.run(desired, announced));
+        Ok(datapath)
     }
 
     pub fn status(&self) -> Vec<PodStatus> {
-        unreachable!("written by the room's owner")
+        let mut all: Vec<PodStatus> = self
+            .table
+            .lock()
+            .pods
+            .iter()
+            .map(|(uid, entry)| entry.status(uid))
+            .collect();
+        for status in &mut all {
+            let counters = status.slot.map(|slot| self.core.loader.counters(slot));
+            status.counters = counters
+                .and_then(Result::ok)
+                .unwrap_or_default()
+                .into_iter()
+                .filter(|(_counter, count)| *count > 0)
+                .map(|(counter, count)| (counter.name(), count))
+                .collect();
+        }
+        all.sort_by(|a, b| a.name.cmp(&b.name).then_with(|| a.uid.cmp(&b.uid)));
+        all
     }
 
-    /// Un-enrols everything and removes every trace (`picomesh-agent cleanup`).
-    pub async fn cleanup(_settings: DatapathSettings) -> anyhow::Result<()> {
-        unreachable!("written by the room's owner")
+    /// Why probes of the host are not recognised (word, sentence), if they are not: strict pods
+    /// then fail their probes.
+    pub fn host_problem(&self) -> Option<(&'static str, String)> {
+        self.table.lock().host_problem.clone()
     }
+
+    /// Has every desired pod been tried at least once?
+    pub fn is_settled(&self) -> bool {
+        let table = self.table.lock();
+        table.known
+            && table
+                .pods
+                .values()
+                .all(|entry| !matches!(entry.stage, Stage::Pending))
+    }
+
+    /// Compare everything now instead of at the next turn.
+    pub fn kick(&self) {
+        self.kick.notify_one();
+    }
+
+    /// Un-enrols everything and removes every trace (`picomesh-agent cleanup`). For when no agent
+    /// runs on these directories; one that does would enrol its pods again.
+    pub async fn cleanup(settings: DatapathSettings) -> anyhow::Result<()> {
+        let home = Home::of_this_thread().context("the agent's network namespace")?;
+        spawn_blocking(move || clean(&settings, &home))
+            .await
+            .context("cleanup")?
+    }
+}
+
+/// Opens everything and adopts what is pinned: listeners into the programs that are there, before
+/// anything that takes time.
+fn open(
+    settings: DatapathSettings,
+    home: Arc<Home>,
+    events: mpsc::Sender<PodEvent>,
+) -> anyhow::Result<(Core, Vec<Adopted>)> {
+    anyhow::ensure!(
+        settings.data_threads > 0,
+        "data threads: 0; a connection needs at least one to serve it"
+    );
+    if cfg!(not(feature = "testing")) {
+        anyhow::ensure!(
+            settings.rules == rule::ALL,
+            "rules: {:#x}; only test builds may take rules of the kernel half out",
+            settings.rules
+        );
+    }
+    let run_dir = RunDir::open(&settings.run_dir)?;
+    records::check_bpffs(&settings.bpf_dir)?;
+    let marks = run_dir.marks()?;
+    let records = run_dir.records()?;
+    let loader = Loader::new(loader_settings(&settings, marks, home.cookie()))
+        .context("loading the kernel half")?;
+    let owner = SocketOwner {
+        mark: marks.ours,
+        marker: Arc::new(loader.marker()?),
+    };
+    let claims = Claims::new(run_dir, records.clone());
+    let core = Core {
+        settings,
+        loader,
+        home,
+        marks,
+        owner,
+        events,
+        claims,
+    };
+
+    let mut adopted = Vec::new();
+    for record in &records {
+        match enrolment::adopt(&core, record) {
+            Ok(Some(pod)) => adopted.push(pod),
+            Ok(None) => tracing::info!(pod = record.name, "gone while no agent was running"),
+            Err(error) => {
+                tracing::warn!(pod = record.name, error = error.sentence(), "cannot adopt");
+            }
+        }
+    }
+    for slot in core.loader.pinned_slots()? {
+        if records.iter().all(|record| record.slot != slot) {
+            tracing::warn!(slot, "pinned programs of an unknown pod; taking them off");
+            core.loader.detach(slot, &[])?;
+            core.loader.clear_slot(slot)?;
+        }
+    }
+    Ok((core, adopted))
+}
+
+fn loader_settings(
+    settings: &DatapathSettings,
+    marks: records::Marks,
+    node_netns_cookie: u64,
+) -> LoaderSettings {
+    LoaderSettings {
+        bpf_dir: settings.bpf_dir.clone(),
+        our_mark: marks.ours,
+        capture_mark: marks.capture,
+        node_netns_cookie,
+        rules: settings.rules,
+        force_clsact: settings.force_clsact,
+    }
+}
+
+fn clean(settings: &DatapathSettings, home: &Arc<Home>) -> anyhow::Result<()> {
+    if !settings.run_dir.exists() && !settings.bpf_dir.exists() {
+        return Ok(());
+    }
+    let run_dir = RunDir::open(&settings.run_dir)?;
+    records::check_bpffs(&settings.bpf_dir)?;
+    let marks = run_dir.marks()?;
+    let loader = Loader::new(loader_settings(settings, marks, home.cookie()))?;
+    for record in run_dir.records()? {
+        let alias = captured::alias(&settings.bpf_dir, &record.uid);
+        leaving::clean(&loader, home, marks, &record, alias)
+            .with_context(|| format!("pod {}", record.name))?;
+    }
+    for slot in loader.pinned_slots()? {
+        loader.detach(slot, &[])?;
+    }
+    loader.remove_everything()?;
+    Ok(run_dir.forget()?)
 }

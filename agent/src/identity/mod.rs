@@ -6,9 +6,13 @@
 #![forbid(unsafe_code)]
 
 pub mod ca;
+pub mod clock;
 pub mod csr;
 pub mod manager;
+mod schedule;
 pub mod spiffe;
+#[cfg(test)]
+mod testing;
 pub mod tls;
 
 use std::{collections::BTreeSet, future::Future, pin::Pin, sync::Arc, time::SystemTime};
@@ -18,9 +22,9 @@ use tokio::sync::watch;
 
 use crate::state::Identity;
 
-pub use manager::Identities;
+pub use manager::{Identities, NoCertificate, Settings};
 pub use spiffe::{parse_spiffe_id, server_name};
-pub use tls::peer_identity;
+pub use tls::{handshake_reason, peer_identity, tls_reason};
 
 /// Trust anchors; old and new ones while a bundle rotates.
 #[derive(Clone, Debug, PartialEq, Eq)]

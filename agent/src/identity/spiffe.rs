@@ -1,20 +1,237 @@
-//! SPIFFE IDs and the server names made of them.
+//! SPIFFE IDs and the names made of them.
+//!
+//! Everything that claims an identity comes through [`parse_spiffe_id`]: the verifiers in `tls`,
+//! the signer in `ca`, and policies in `k8s`. It accepts one spelling per identity, so that two
+//! equal identities are always two equal strings. It must not know certificates.
 
-use rustls::pki_types::ServerName;
+use std::{fmt::Write as _, sync::Arc};
+
+use rustls::pki_types::{DnsName, ServerName};
 
 use crate::state::Identity;
 
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+/// The longest SPIFFE ID that is read; the standard's limit.
+const MAX_URI: usize = 2048;
+/// The longest trust domain and service account name; Kubernetes' and DNS' limit.
+const MAX_NAME: usize = 253;
+/// The longest DNS label.
+const MAX_LABEL: usize = 63;
+
+/// The text is not the SPIFFE ID of a Kubernetes service account in its only accepted spelling.
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 #[error("{uri:?} is not spiffe://<trust-domain>/ns/<namespace>/sa/<service-account>")]
 pub struct NotAWorkload {
+    /// What was given, cut to a length that fits a log line.
     pub uri: String,
 }
 
-pub fn parse_spiffe_id(_uri: &str) -> Result<Identity, NotAWorkload> {
-    unreachable!("written by the room's owner")
+/// The trust domain setting cannot stand in a SPIFFE ID.
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
+#[error(
+    "trust domain {value:?} is not usable: 1 to 253 of the characters a-z 0-9 . - _ are needed, \
+     for example cluster.local"
+)]
+pub struct BadTrustDomain {
+    pub value: String,
+}
+
+/// Reads a workload's SPIFFE ID; the inverse of [`Identity`]'s `Display`.
+pub fn parse_spiffe_id(uri: &str) -> Result<Identity, NotAWorkload> {
+    parse(uri).ok_or_else(|| NotAWorkload {
+        uri: uri.chars().take(128).collect(),
+    })
+}
+
+/// Checks a trust domain where it enters, in the configuration.
+pub fn parse_trust_domain(value: &str) -> Result<Arc<str>, BadTrustDomain> {
+    if is_trust_domain(value) {
+        Ok(value.into())
+    } else {
+        Err(BadTrustDomain {
+            value: value.to_owned(),
+        })
+    }
 }
 
 /// `hex(SHA-256(identity))[..32].id.picomesh.internal`: SNI cannot hold a URI.
-pub fn server_name(_identity: &Identity) -> ServerName<'static> {
-    unreachable!("written by the room's owner")
+pub fn server_name(identity: &Identity) -> ServerName<'static> {
+    let name = server_name_text(identity);
+    match DnsName::try_from(name) {
+        Ok(name) => ServerName::DnsName(name),
+        Err(error) => unreachable!("hex digits and a fixed suffix are a DNS name: {error}"),
+    }
+}
+
+/// The text of [`server_name`], as it arrives in a ClientHello.
+pub(super) fn server_name_text(identity: &Identity) -> String {
+    let digest =
+        aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, identity.to_string().as_bytes());
+    let mut name = String::with_capacity(32 + ".id.picomesh.internal".len());
+    for byte in &digest.as_ref()[..16] {
+        let _ = write!(name, "{byte:02x}");
+    }
+    name.push_str(".id.picomesh.internal");
+    name
+}
+
+/// The name Linkerd's proxies and policies give the same service account.
+pub fn linkerd_name(identity: &Identity) -> String {
+    format!(
+        "{}.{}.serviceaccount.identity.linkerd.{}",
+        identity.service_account, identity.namespace, identity.trust_domain
+    )
+}
+
+fn parse(uri: &str) -> Option<Identity> {
+    if uri.len() > MAX_URI {
+        return None;
+    }
+    let rest = uri.strip_prefix("spiffe://")?;
+    let mut parts = rest.split('/');
+    let trust_domain = parts.next().filter(|name| is_trust_domain(name))?;
+    parts.next().filter(|word| *word == "ns")?;
+    let namespace = parts.next().filter(|name| is_label(name))?;
+    parts.next().filter(|word| *word == "sa")?;
+    let service_account = parts.next().filter(|name| is_subdomain(name))?;
+    if parts.next().is_some() {
+        return None;
+    }
+    Some(Identity {
+        trust_domain: trust_domain.into(),
+        namespace: namespace.into(),
+        service_account: service_account.into(),
+    })
+}
+
+fn is_trust_domain(name: &str) -> bool {
+    !name.is_empty()
+        && name.len() <= MAX_NAME
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"._-".contains(&b))
+}
+
+/// A namespace's name.
+fn is_label(name: &str) -> bool {
+    let bytes = name.as_bytes();
+    let alphanumeric = |b: &u8| b.is_ascii_lowercase() || b.is_ascii_digit();
+    bytes.len() <= MAX_LABEL
+        && bytes.first().is_some_and(alphanumeric)
+        && bytes.last().is_some_and(alphanumeric)
+        && bytes.iter().all(|b| alphanumeric(b) || *b == b'-')
+}
+
+/// A service account's name: Kubernetes allows labels joined by dots.
+fn is_subdomain(name: &str) -> bool {
+    name.len() <= MAX_NAME && name.split('.').all(is_label)
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_workload_id_is_read() {
+        let id = parse_spiffe_id("spiffe://cluster.local/ns/shop/sa/cart.v1-a").unwrap();
+        assert_eq!(&*id.trust_domain, "cluster.local");
+        assert_eq!(&*id.namespace, "shop");
+        assert_eq!(&*id.service_account, "cart.v1-a");
+        assert_eq!(
+            linkerd_name(&id),
+            "cart.v1-a.shop.serviceaccount.identity.linkerd.cluster.local"
+        );
+    }
+
+    #[test]
+    fn every_other_spelling_is_refused() {
+        let label64 = "a".repeat(64);
+        let long = format!("spiffe://td/ns/a/sa/{}", "a.".repeat(200) + "a");
+        for uri in [
+            "",
+            "spiffe://",
+            "spiffe:///ns/a/sa/b",
+            "SPIFFE://td/ns/a/sa/b",
+            "https://td/ns/a/sa/b",
+            "spiffe://TD/ns/a/sa/b",
+            "spiffe://td:443/ns/a/sa/b",
+            "spiffe://user@td/ns/a/sa/b",
+            "spiffe://td/ns/a/sa/b/",
+            "spiffe://td/ns/a/sa/b/c",
+            "spiffe://td//ns/a/sa/b",
+            "spiffe://td/ns/a/sa/",
+            "spiffe://td/ns//sa/b",
+            "spiffe://td/ns/a/sa",
+            "spiffe://td/sa/b/ns/a",
+            "spiffe://td/ns/a/SA/b",
+            "spiffe://td/ns/A/sa/b",
+            "spiffe://td/ns/a/sa/b?x",
+            "spiffe://td/ns/a/sa/b#x",
+            "spiffe://td/ns/a/sa/%62",
+            "spiffe://td/ns/a/sa/b ",
+            " spiffe://td/ns/a/sa/b",
+            "spiffe://td/ns/a/sa/..",
+            "spiffe://td/ns/a/sa/b.",
+            "spiffe://td/ns/a.b/sa/b",
+            "spiffe://td/ns/-a/sa/b",
+            "spiffe://td/ns/a/sa/b\0",
+            "spiffe://td/ns/ä/sa/b",
+            &format!("spiffe://td/ns/{label64}/sa/b"),
+            &format!("spiffe://td/ns/a/sa/{label64}"),
+            &format!("spiffe://{}/ns/a/sa/b", "t".repeat(254)),
+            &long,
+        ] {
+            assert!(parse_spiffe_id(uri).is_err(), "{uri:?} was accepted");
+        }
+    }
+
+    #[test]
+    fn a_trust_domain_that_cannot_stand_in_an_id_is_refused_with_a_remedy() {
+        assert_eq!(
+            &*parse_trust_domain("edge.example").unwrap(),
+            "edge.example"
+        );
+        for bad in ["", "Edge", "a/b", "a b"] {
+            let message = parse_trust_domain(bad).unwrap_err().to_string();
+            assert!(message.contains(&format!("{bad:?}")), "{message}");
+            assert!(message.contains("cluster.local"), "{message}");
+        }
+    }
+
+    #[test]
+    fn the_server_name_is_the_start_of_the_ids_hash() {
+        // printf spiffe://cluster.local/ns/default/sa/default | sha256sum
+        let id = parse_spiffe_id("spiffe://cluster.local/ns/default/sa/default").unwrap();
+        assert_eq!(
+            server_name(&id).to_str(),
+            "59e769846c7230fc13a7ce2b5987ae5f.id.picomesh.internal"
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_is_accepted_is_written_back_the_same(uri in "(spiffe://)?[a-zA-Z0-9._/-]{0,40}(/ns/)[a-z0-9.-]{0,9}/sa/[a-z0-9.-]{0,9}") {
+            if let Ok(id) = parse_spiffe_id(&uri) {
+                prop_assert_eq!(id.to_string(), uri);
+            }
+        }
+
+        #[test]
+        fn whatever_kubernetes_can_name_is_accepted(
+            td in "[a-z0-9][a-z0-9._-]{0,30}",
+            ns in "[a-z0-9]([a-z0-9-]{0,20}[a-z0-9])?",
+            sa in "[a-z0-9]([a-z0-9-]{0,20}[a-z0-9])?(\\.[a-z0-9]([a-z0-9-]{0,9}[a-z0-9])?){0,3}",
+        ) {
+            let id = Identity { trust_domain: td.into(), namespace: ns.into(), service_account: sa.into() };
+            prop_assert_eq!(parse_spiffe_id(&id.to_string()), Ok(id));
+        }
+
+        #[test]
+        fn no_text_makes_the_parser_panic(text in ".{0,200}") {
+            let _ = parse_spiffe_id(&text);
+        }
+    }
 }

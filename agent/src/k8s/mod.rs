@@ -1,1 +1,15 @@
-//! The cluster comes in.
+//! The cluster comes in: Kubernetes objects become the plain types of `state`.
+//!
+//! [`convert`] reads the kinds that Kubernetes defines, [`policy`] those of `policy.linkerd.io`,
+//! [`words`] the labels and annotations that speak to us. Called by `local` with what stands in
+//! files. Conversion of one object may fail and says which field, what stands there and what should;
+//! it never looks at another object, and never at the network or the clock.
+#![forbid(unsafe_code)]
+
+pub mod convert;
+mod field;
+pub mod policy;
+pub mod words;
+
+pub use convert::Converter;
+pub use field::FieldError;

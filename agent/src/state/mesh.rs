@@ -1,7 +1,13 @@
 //! The index: all objects of one moment, resolved against each other. Immutable once built.
+//!
+//! **Meshed or not** is decided here and nowhere else, by desired state: what the pod says, else
+//! what its namespace says, else no. Never meshed, also when labelled: pods that share the node's
+//! network, and everything in `kube-system` and `picomesh-system`. DNS, the CNI and we ourselves
+//! must work while the mesh does not; a label there is reported as a problem.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap, HashSet},
+    fmt,
     net::{IpAddr, SocketAddr},
     sync::Arc,
 };
@@ -12,10 +18,15 @@ use tokio::sync::watch;
 
 use super::{
     Identity, ObjectKey, PodUid,
-    objects::{ContainerPort, Labels, MeshSettings, Objects, OutboundDefault, Owner},
+    frontends::{self, Known},
+    objects::{ContainerPort, Labels, MeshSettings, Objects, OutboundDefault, Owner, Pod, Words},
     policy::InboundPolicy,
     resolve::Frontend,
+    servers::Servers,
 };
+
+/// Namespaces whose pods are never meshed.
+pub const NEVER_MESHED: [&str; 2] = ["kube-system", "picomesh-system"];
 
 /// A live pod, with everything that a connection's story needs of it.
 #[derive(Debug)]
@@ -51,13 +62,20 @@ pub struct Mesh {
     pub by_ip: HashMap<IpAddr, Arc<Workload>>,
     pub frontends: HashMap<SocketAddr, Arc<Frontend>>,
     pub node_addresses: HashMap<Arc<str>, Vec<IpAddr>>,
+    /// Addresses that two nodes claim are absent.
     pub node_of_address: HashMap<IpAddr, Arc<str>>,
-    /// What could not be resolved; shown by `debug state`, counted in a metric.
+    /// What could not be resolved; shown by `debug state`, counted in a metric. In order, each once.
     pub problems: Vec<Problem>,
+    /// Addresses of pods that two live pods claim.
+    pub(super) ambiguous: HashSet<IpAddr>,
+    /// Every address of every node, those claimed twice too.
+    pub(super) node_ips: HashSet<IpAddr>,
+    /// Cluster addresses of Services, whatever their ports.
+    pub(super) cluster_ips: HashSet<IpAddr>,
 }
 
 /// Something in the objects that a person should mend; the rest works on.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Problem {
     /// Kind of the object, e.g. `Server`.
     pub kind: &'static str,
@@ -66,11 +84,286 @@ pub struct Problem {
     pub message: String,
 }
 
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}: {}", self.kind, self.object, self.message)
+    }
+}
+
 impl Mesh {
     /// Resolves all objects against each other. Cannot fail: what does not fit is a [`Problem`].
-    pub fn build(_settings: Arc<MeshSettings>, _version: u64, _objects: &Objects) -> Self {
-        unreachable!("written by the room's owner")
+    pub fn build(settings: Arc<MeshSettings>, version: u64, objects: &Objects) -> Self {
+        let mut problems = Vec::new();
+        let (node_addresses, node_of_address) = nodes(objects, &mut problems);
+        let node_ips: HashSet<_> = node_addresses.values().flatten().copied().collect();
+        let workloads = workloads(&settings, objects, &mut problems);
+        report_unreachable(&workloads, &node_addresses, &mut problems);
+        let (by_ip, ambiguous) = addresses(objects, &workloads, &node_ips, &mut problems);
+        let known = Known {
+            settings: &settings,
+            objects,
+            workloads: &workloads,
+            by_ip: &by_ip,
+            ambiguous: &ambiguous,
+            node_addresses: &node_addresses,
+        };
+        let frontends = frontends::build(&known, &mut problems);
+        let cluster_ips = objects
+            .services
+            .values()
+            .flat_map(|service| &service.cluster_ips)
+            .copied()
+            .collect();
+
+        problems.sort_unstable();
+        problems.dedup();
+        Self {
+            settings,
+            version,
+            workloads,
+            by_ip,
+            frontends,
+            node_addresses,
+            node_of_address,
+            problems,
+            ambiguous,
+            node_ips,
+            cluster_ips,
+        }
     }
+}
+
+type NodeAddresses = HashMap<Arc<str>, Vec<IpAddr>>;
+
+fn nodes(
+    objects: &Objects,
+    problems: &mut Vec<Problem>,
+) -> (NodeAddresses, HashMap<IpAddr, Arc<str>>) {
+    let mut node_addresses = HashMap::new();
+    let mut claims: BTreeMap<IpAddr, Vec<&ObjectKey>> = BTreeMap::new();
+    for node in objects.nodes.values() {
+        for ip in &node.addresses {
+            let claimants = claims.entry(*ip).or_default();
+            if !claimants.contains(&&node.key) {
+                claimants.push(&node.key);
+            }
+        }
+        node_addresses.insert(Arc::clone(&node.key.name), node.addresses.clone());
+    }
+
+    let mut node_of_address = HashMap::new();
+    for (ip, claimants) in claims {
+        match claimants.as_slice() {
+            [node] => {
+                node_of_address.insert(ip, Arc::clone(&node.name));
+            }
+            several => problems.extend(several.iter().map(|node| Problem {
+                kind: "Node",
+                object: (*node).clone(),
+                message: format!(
+                    "address {ip} is claimed by {} nodes, so tunnels from it are refused; correct \
+                     status.addresses",
+                    several.len()
+                ),
+            })),
+        }
+    }
+    (node_addresses, node_of_address)
+}
+
+fn workloads(
+    settings: &MeshSettings,
+    objects: &Objects,
+    problems: &mut Vec<Problem>,
+) -> HashMap<PodUid, Arc<Workload>> {
+    for namespace in objects.namespaces.values() {
+        problems.extend(namespace.words.problems.iter().map(|message| Problem {
+            kind: "Namespace",
+            object: namespace.key.clone(),
+            message: message.clone(),
+        }));
+    }
+
+    let mut servers = Servers::build(settings, objects, problems);
+    let unsaid = Words::default();
+    let mut workloads = HashMap::new();
+    for pod in objects.pods.values().filter(|pod| !pod.terminal) {
+        let namespace = ObjectKey {
+            cluster: Arc::clone(&pod.key.cluster),
+            namespace: "".into(),
+            name: Arc::clone(&pod.key.namespace),
+        };
+        let namespace = objects
+            .namespaces
+            .get(&namespace)
+            .map_or(&unsaid, |n| &n.words);
+        // The nearer word wins.
+        let said = [&pod.words, namespace];
+
+        problems.extend(pod.words.problems.iter().map(|message| Problem {
+            kind: "Pod",
+            object: pod.key.clone(),
+            message: message.clone(),
+        }));
+        let asked_for = said.iter().find_map(|words| words.mesh).unwrap_or(false);
+        let exempt = exempt(pod);
+        if let (Some(true), Some(why)) = (pod.words.mesh, exempt) {
+            problems.push(Problem {
+                kind: "Pod",
+                object: pod.key.clone(),
+                message: format!("asks to be in the mesh and never is: {why}; remove the word"),
+            });
+        }
+
+        let local = pod.node.as_ref() == Some(&settings.node);
+        let policy = (local && !pod.host_network).then(|| {
+            let default = said.iter().find_map(|words| words.default_inbound_policy);
+            let default = default.unwrap_or(settings.default_inbound_policy);
+            Arc::new(servers.of_pod(pod, default, problems))
+        });
+        let outbound_default = said.iter().find_map(|words| words.outbound_default);
+        let skip = |of: fn(&Words) -> &Option<Vec<PortRange>>| {
+            said.iter()
+                .find_map(|words| of(words).clone())
+                .unwrap_or_default()
+        };
+        let workload = Workload {
+            uid: Arc::clone(&pod.uid),
+            key: pod.key.clone(),
+            identity: Identity {
+                trust_domain: Arc::clone(&settings.trust_domain),
+                namespace: Arc::clone(&pod.key.namespace),
+                service_account: Arc::clone(&pod.service_account),
+            },
+            node: pod.node.clone(),
+            local,
+            ips: pod.ips.clone(),
+            host_network: pod.host_network,
+            meshed: asked_for && exempt.is_none(),
+            labels: pod.labels.clone(),
+            owner: pod.owner.clone(),
+            ports: pod.ports.clone(),
+            skip_inbound: skip(|words| &words.skip_inbound),
+            skip_outbound: skip(|words| &words.skip_outbound),
+            outbound_default: outbound_default.unwrap_or(settings.outbound_default),
+            policy,
+        };
+        workloads.insert(Arc::clone(&pod.uid), Arc::new(workload));
+    }
+    workloads
+}
+
+/// Why a pod is never in the mesh, whatever its labels say.
+fn exempt(pod: &Pod) -> Option<&'static str> {
+    if pod.host_network {
+        Some("it shares the node's network")
+    } else if NEVER_MESHED.contains(&&*pod.key.namespace) {
+        Some("the cluster's own pods and ours stay outside")
+    } else {
+        None
+    }
+}
+
+fn report_unreachable(
+    workloads: &HashMap<PodUid, Arc<Workload>>,
+    node_addresses: &NodeAddresses,
+    problems: &mut Vec<Problem>,
+) {
+    for workload in workloads
+        .values()
+        .filter(|workload| workload.meshed && !workload.local)
+    {
+        let Some(node) = &workload.node else { continue };
+        if node_addresses.get(node).is_none_or(Vec::is_empty) {
+            problems.push(Problem {
+                kind: "Node",
+                object: ObjectKey {
+                    cluster: Arc::clone(&workload.key.cluster),
+                    namespace: "".into(),
+                    name: Arc::clone(node),
+                },
+                message: "runs meshed pods and has no address, so nobody reaches them; give it \
+                          status.addresses"
+                    .into(),
+            });
+        }
+    }
+}
+
+/// Who has which address. A pod that is being deleted keeps its address until another pod of the
+/// same node has it: a node hands out its addresses itself and may do so again before the API
+/// server has forgotten the old pod. A pod of *another* node that claims the address is a conflict
+/// all the same.
+fn addresses(
+    objects: &Objects,
+    workloads: &HashMap<PodUid, Arc<Workload>>,
+    node_ips: &HashSet<IpAddr>,
+    problems: &mut Vec<Problem>,
+) -> (HashMap<IpAddr, Arc<Workload>>, HashSet<IpAddr>) {
+    let mut claims: BTreeMap<IpAddr, Vec<(&Pod, &Arc<Workload>)>> = BTreeMap::new();
+    for pod in objects.pods.values().filter(|pod| !pod.host_network) {
+        let Some(workload) = workloads.get(&pod.uid) else {
+            continue;
+        };
+        for ip in &pod.ips {
+            let claimants = claims.entry(*ip).or_default();
+            if !claimants.iter().any(|(known, _)| known.uid == pod.uid) {
+                claimants.push((&**pod, workload));
+            }
+        }
+    }
+
+    let mut by_ip = HashMap::new();
+    let mut ambiguous = HashSet::new();
+    for (ip, claimants) in claims {
+        let yields = |(pod, _): &&(&Pod, _)| {
+            pod.terminating
+                && claimants
+                    .iter()
+                    .any(|(other, _)| !other.terminating && other.node == pod.node)
+        };
+        let holders: Vec<_> = claimants
+            .iter()
+            .filter(|claimant| !yields(claimant))
+            .collect();
+        let mut problem = |pod: &Pod, message: String| {
+            problems.push(Problem {
+                kind: "Pod",
+                object: pod.key.clone(),
+                message,
+            });
+        };
+        match holders.as_slice() {
+            several if node_ips.contains(&ip) => {
+                for (pod, _) in several {
+                    problem(
+                        pod,
+                        format!(
+                            "address {ip} is a node's, so it does not count as the pod's; correct \
+                         status.podIPs, or set spec.hostNetwork if the pod shares the node's network"
+                        ),
+                    );
+                }
+            }
+            [(_, workload)] => {
+                by_ip.insert(ip, Arc::clone(workload));
+            }
+            several => {
+                ambiguous.insert(ip);
+                for (pod, _) in several {
+                    problem(
+                        pod,
+                        format!(
+                            "address {ip} is claimed by {} live pods, so connections to it are \
+                         refused; only one may have it",
+                            several.len()
+                        ),
+                    );
+                }
+            }
+        }
+    }
+    (by_ip, ambiguous)
 }
 
 /// The one place where the current mesh is published. One writer, any number of readers.
@@ -83,7 +376,10 @@ pub struct MeshStore {
 impl MeshStore {
     pub fn new(mesh: Mesh) -> Self {
         let (changed, _) = watch::channel(mesh.version);
-        Self { current: ArcSwap::from_pointee(mesh), changed }
+        Self {
+            current: ArcSwap::from_pointee(mesh),
+            changed,
+        }
     }
 
     pub fn load(&self) -> arc_swap::Guard<Arc<Mesh>> {

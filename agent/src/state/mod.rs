@@ -6,17 +6,19 @@
 //! [`MeshStore`], and every data thread reads its current `Arc` without a lock. Then
 //! [`resolve`] says where an address leads, [`policy`] who may come in, [`balance`] which endpoint.
 //!
-//! A rebuild costs time in proportion to the number of objects (see the benchmark in `mesh.rs`);
-//! bursts of changes are gathered before one is started. In return no reader ever sees half an
+//! A rebuild costs time in proportion to the number of objects (1,000 pods behind 200 Services: see
+//! the test in `mesh.rs`); bursts of changes are gathered before one is started. In return no reader ever sees half an
 //! update, and nothing needs to be undone.
 #![forbid(unsafe_code)]
 
 pub mod balance;
+mod frontends;
 pub mod mesh;
 pub mod names;
 pub mod objects;
 pub mod policy;
 pub mod resolve;
+mod servers;
 
 pub use mesh::{Mesh, MeshStore, Problem, Workload};
 pub use names::{Identity, ObjectKey, PodUid};

@@ -32,6 +32,54 @@ pub struct Identity {
     pub service_account: Arc<str>,
 }
 
+impl Identity {
+    /// The same identity as Linkerd spells it; in policies and in metrics' `client_id`.
+    pub fn linkerd_name(&self) -> String {
+        format!(
+            "{}.{}.serviceaccount.identity.linkerd.{}",
+            self.service_account, self.namespace, self.trust_domain
+        )
+    }
+
+    /// Reads [`Self::linkerd_name`]. A namespace has no dot in its name, a service account may.
+    pub fn from_linkerd_name(name: &str) -> Option<Self> {
+        let (account, trust_domain) = name.rsplit_once(".serviceaccount.identity.linkerd.")?;
+        let (service_account, namespace) = account.rsplit_once('.')?;
+        Self::checked(trust_domain, namespace, service_account)
+    }
+
+    /// Reads a SPIFFE ID of the one form that workloads have.
+    pub fn from_spiffe_id(uri: &str) -> Option<Self> {
+        let (trust_domain, path) = uri.strip_prefix("spiffe://")?.split_once('/')?;
+        let (namespace, service_account) = path.strip_prefix("ns/")?.split_once("/sa/")?;
+        Self::checked(trust_domain, namespace, service_account)
+    }
+
+    fn checked(trust_domain: &str, namespace: &str, service_account: &str) -> Option<Self> {
+        (is_subdomain(trust_domain) && is_label(namespace) && is_subdomain(service_account)).then(
+            || Self {
+                trust_domain: trust_domain.into(),
+                namespace: namespace.into(),
+                service_account: service_account.into(),
+            },
+        )
+    }
+}
+
+/// RFC 1123 label: the name of a namespace.
+pub fn is_label(name: &str) -> bool {
+    let inner = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+    name.len() <= 63
+        && name.bytes().all(|byte| inner(byte) || byte == b'-')
+        && name.bytes().next().is_some_and(inner)
+        && name.bytes().next_back().is_some_and(inner)
+}
+
+/// RFC 1123 subdomain: labels with dots between them.
+pub fn is_subdomain(name: &str) -> bool {
+    name.len() <= 253 && name.split('.').all(is_label)
+}
+
 impl fmt::Display for Identity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
@@ -39,5 +87,78 @@ impl fmt::Display for Identity {
             "spiffe://{}/ns/{}/sa/{}",
             self.trust_domain, self.namespace, self.service_account
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test may panic")]
+    use super::*;
+
+    fn identity(trust_domain: &str, namespace: &str, service_account: &str) -> Identity {
+        Identity {
+            trust_domain: trust_domain.into(),
+            namespace: namespace.into(),
+            service_account: service_account.into(),
+        }
+    }
+
+    #[test]
+    fn both_spellings_of_an_identity_read_back_to_it() {
+        for wanted in [
+            identity("cluster.local", "shop", "web"),
+            identity("td", "kube-public", "a.b.c"),
+            identity("a.b", "s", "x.y.serviceaccount.identity.linkerd.evil"),
+        ] {
+            assert_eq!(
+                Identity::from_linkerd_name(&wanted.linkerd_name()),
+                Some(wanted.clone())
+            );
+            assert_eq!(Identity::from_spiffe_id(&wanted.to_string()), Some(wanted));
+        }
+    }
+
+    #[test]
+    fn what_is_no_workload_identity_is_not_read_as_one() {
+        for uri in [
+            "",
+            "spiffe://cluster.local",
+            "spiffe:///ns/shop/sa/web",
+            "spiffe://cluster.local/ns/shop/sa/",
+            "spiffe://cluster.local/ns//sa/web",
+            "spiffe://cluster.local/ns/shop/sa/web/more",
+            "spiffe://cluster.local/sa/web/ns/shop",
+            "spiffe://cluster.local/ns/sh.op/sa/web",
+            "https://cluster.local/ns/shop/sa/web",
+            "spiffe://Cluster.local/ns/shop/sa/web",
+        ] {
+            assert_eq!(Identity::from_spiffe_id(uri), None, "{uri}");
+        }
+        for name in [
+            "web.shop.serviceaccount.identity.linkerd.",
+            "shop.serviceaccount.identity.linkerd.cluster.local",
+            ".shop.serviceaccount.identity.linkerd.cluster.local",
+            "web..serviceaccount.identity.linkerd.cluster.local",
+            "web.shop.serviceaccount.identity.istio.cluster.local",
+        ] {
+            assert_eq!(Identity::from_linkerd_name(name), None, "{name}");
+        }
+    }
+
+    #[test]
+    fn names_are_checked_as_kubernetes_checks_them() {
+        for name in ["a", "a1", "1-a", &"x".repeat(63)] {
+            assert!(is_label(name), "{name}");
+        }
+        for name in ["", "-a", "a-", "A", "a_b", "a.b", &"x".repeat(64)] {
+            assert!(!is_label(name), "{name}");
+        }
+        assert!(is_subdomain("a.b-c.d"));
+        let longest = format!("{0}.{0}.{0}.{1}", "x".repeat(63), "y".repeat(61));
+        assert_eq!(longest.len(), 253);
+        assert!(is_subdomain(&longest));
+        for name in ["", ".", "a.", ".a", "a..b", &format!("{longest}y")] {
+            assert!(!is_subdomain(name), "{name}");
+        }
     }
 }

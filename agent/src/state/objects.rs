@@ -44,6 +44,22 @@ pub struct MeshSettings {
     pub cluster_networks: Vec<IpNet>,
 }
 
+/// What `--cluster-networks` is when nobody says it: the private ranges.
+pub fn private_networks() -> Vec<IpNet> {
+    let v4 = |a, b, prefix| (IpAddr::from([a, b, 0, 0]), prefix);
+    let v6 = IpAddr::from([0xfd00, 0, 0, 0, 0, 0, 0, 0]);
+    [
+        v4(10, 0, 8),
+        v4(172, 16, 12),
+        v4(192, 168, 16),
+        v4(100, 64, 10),
+        (v6, 8),
+    ]
+    .into_iter()
+    .map(|(address, prefix)| IpNet::new_assert(address, prefix))
+    .collect()
+}
+
 /// Linkerd's default inbound policies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum DefaultPolicy {
@@ -55,6 +71,33 @@ pub enum DefaultPolicy {
     Deny,
     /// Allowed, and logged as what would be denied.
     Audit,
+}
+
+impl DefaultPolicy {
+    pub const ALL: [Self; 6] = [
+        Self::AllUnauthenticated,
+        Self::AllAuthenticated,
+        Self::ClusterUnauthenticated,
+        Self::ClusterAuthenticated,
+        Self::Deny,
+        Self::Audit,
+    ];
+
+    /// The word that users write and that metrics show.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::AllUnauthenticated => "all-unauthenticated",
+            Self::AllAuthenticated => "all-authenticated",
+            Self::ClusterUnauthenticated => "cluster-unauthenticated",
+            Self::ClusterAuthenticated => "cluster-authenticated",
+            Self::Deny => "deny",
+            Self::Audit => "audit",
+        }
+    }
+
+    pub fn from_word(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|policy| policy.as_str() == word)
+    }
 }
 
 /// What becomes of a connection to an address nobody in the mesh has.
@@ -75,6 +118,9 @@ pub struct Words {
     pub skip_outbound: Option<Vec<PortRange>>,
     /// Read and kept; HTTP comes later, so today every port is opaque.
     pub opaque_ports: Option<Vec<PortRange>>,
+    /// Words that could not be read, as sentences that name field, value and remedy. The fields
+    /// above hold the safe reading. The built mesh lists them among its problems.
+    pub problems: Vec<String>,
 }
 
 #[derive(Clone, Debug)]
@@ -233,10 +279,42 @@ pub enum Operator {
     DoesNotExist,
 }
 
+impl Selector {
+    /// An empty selector selects everything.
+    pub fn matches(&self, labels: &Labels) -> bool {
+        contains_all(labels, &self.match_labels)
+            && self
+                .match_expressions
+                .iter()
+                .all(|requirement| requirement.matches(labels))
+    }
+}
+
+impl Requirement {
+    fn matches(&self, labels: &Labels) -> bool {
+        let value = labels.get(&self.key);
+        match &self.operator {
+            Operator::In(values) => value.is_some_and(|value| values.contains(value)),
+            // As in Kubernetes: an absent label is not in the set.
+            Operator::NotIn(values) => value.is_none_or(|value| !values.contains(value)),
+            Operator::Exists => value.is_some(),
+            Operator::DoesNotExist => value.is_none(),
+        }
+    }
+}
+
+/// Every one of `wanted` stands in `labels` with the same value.
+pub fn contains_all(labels: &Labels, wanted: &Labels) -> bool {
+    wanted
+        .iter()
+        .all(|(key, value)| labels.get(key) == Some(value))
+}
+
 #[derive(Clone, Debug)]
 pub struct ServerAuthorization {
     pub key: ObjectKey,
     pub server: ServerRef,
+    /// Any of them; empty means any address.
     pub networks: Vec<NetworkMatch>,
     pub client: ClientMatch,
 }
@@ -249,8 +327,9 @@ pub enum ServerRef {
 
 #[derive(Clone, Debug, PartialEq)]
 pub enum ClientMatch {
+    /// Anybody, with or without identity.
     Unauthenticated,
-    /// Any client over TLS of the mesh, with or without identity.
+    /// Any client over TLS of the mesh, whoever it is. The mesh's TLS always proves an identity.
     AnyTls,
     Identities(Vec<IdentityPattern>),
 }
@@ -261,15 +340,39 @@ pub enum IdentityPattern {
     Any,
     Exact(Identity),
     /// Everything of one namespace (identityRef kind Namespace).
-    Namespace { trust_domain: Arc<str>, namespace: Arc<str> },
-    /// `*.ns.serviceaccount.identity.linkerd.<td>` and the like: suffix of the Linkerd name.
+    Namespace {
+        trust_domain: Arc<str>,
+        namespace: Arc<str>,
+    },
+    /// `*.ns.serviceaccount.identity.linkerd.<td>` and the like: what follows the `*`, with its
+    /// leading dot.
     LinkerdSuffix(Arc<str>),
+}
+
+impl IdentityPattern {
+    pub fn matches(&self, identity: &Identity) -> bool {
+        match self {
+            Self::Any => true,
+            Self::Exact(exact) => exact == identity,
+            Self::Namespace {
+                trust_domain,
+                namespace,
+            } => *trust_domain == identity.trust_domain && *namespace == identity.namespace,
+            Self::LinkerdSuffix(suffix) => identity.linkerd_name().ends_with(&**suffix),
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct NetworkMatch {
     pub cidr: IpNet,
     pub except: Vec<IpNet>,
+}
+
+impl NetworkMatch {
+    pub fn contains(&self, ip: IpAddr) -> bool {
+        self.cidr.contains(&ip) && !self.except.iter().any(|hole| hole.contains(&ip))
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -286,7 +389,10 @@ pub enum PolicyTarget {
     Namespace,
     /// HTTPRoute and GRPCRoute: kept and reported, without effect before HTTP is here: connections
     /// they would have to allow stay forbidden.
-    Route { kind: Arc<str>, name: Arc<str> },
+    Route {
+        kind: Arc<str>,
+        name: Arc<str>,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq)]

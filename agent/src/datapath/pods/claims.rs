@@ -1,0 +1,116 @@
+//! Who has which slot and which namespace; the same is on record for the next agent.
+
+use std::collections::HashSet;
+
+use parking_lot::Mutex;
+use picomesh_common::config::MAX_PODS;
+
+use super::{
+    error::PodError,
+    records::{Record, RunDir},
+};
+use crate::state::PodUid;
+
+pub(super) struct Claims {
+    run_dir: RunDir,
+    /// Held while the record file is written: one writer.
+    records: Mutex<Vec<Record>>,
+}
+
+impl Claims {
+    pub(super) fn new(run_dir: RunDir, records: Vec<Record>) -> Self {
+        Self {
+            run_dir,
+            records: Mutex::new(records),
+        }
+    }
+
+    /// Finds a slot; `record.slot` is filled in here. A pod that has one already keeps it.
+    pub(super) fn claim(&self, mut record: Record) -> Result<u32, PodError> {
+        let mut records = self.records.lock();
+        let of_netns = |r: &&Record| r.cookie == record.cookie;
+        if let Some(other) = records
+            .iter()
+            .find(of_netns)
+            .filter(|r| r.uid != record.uid)
+        {
+            return Err(PodError::NetnsTaken {
+                path: record.netns,
+                owner: PodUid::from(other.uid.as_str()),
+            });
+        }
+        if let Some(own) = records.iter_mut().find(|r| r.uid == record.uid) {
+            record.slot = own.slot;
+            own.clone_from(&record);
+            self.run_dir.save(&records)?;
+            return Ok(record.slot);
+        }
+        let taken: HashSet<u32> = records.iter().map(|r| r.slot).collect();
+        record.slot = (0..MAX_PODS)
+            .find(|slot| !taken.contains(slot))
+            .ok_or(PodError::NoSlot)?;
+        let slot = record.slot;
+        records.push(record);
+        self.run_dir.save(&records)?;
+        Ok(slot)
+    }
+
+    pub(super) fn free(&self, uid: &PodUid) -> Result<(), PodError> {
+        let mut records = self.records.lock();
+        records.retain(|record| record.uid != **uid);
+        Ok(self.run_dir.save(&records)?)
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test may panic")]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    fn record(uid: &str, cookie: u64) -> Record {
+        Record {
+            uid: uid.into(),
+            name: format!("ns/{uid}"),
+            slot: 0,
+            netns: format!("/run/netns/{uid}").into(),
+            cookie,
+        }
+    }
+
+    fn claims(dir: &Path) -> Claims {
+        let run_dir = RunDir::open(dir).unwrap();
+        let records = run_dir.records().unwrap();
+        Claims::new(run_dir, records)
+    }
+
+    #[test]
+    fn a_namespace_belongs_to_one_pod_also_after_a_restart() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run");
+        let first = claims(&path);
+        assert_eq!(first.claim(record("a", 1)).unwrap(), 0);
+        assert_eq!(first.claim(record("b", 2)).unwrap(), 1);
+        let error = first.claim(record("c", 1)).unwrap_err();
+        assert_eq!(error.reason(), "netns_taken");
+        assert!(error.to_string().contains("pod a "), "{error}");
+
+        let next = claims(&path);
+        assert_eq!(
+            next.claim(record("c", 2)).unwrap_err().reason(),
+            "netns_taken"
+        );
+        assert_eq!(
+            next.claim(record("b", 3)).unwrap(),
+            1,
+            "the same pod keeps its slot"
+        );
+        next.free(&PodUid::from("a")).unwrap();
+        assert_eq!(
+            next.claim(record("c", 1)).unwrap(),
+            0,
+            "the lowest free slot"
+        );
+    }
+}

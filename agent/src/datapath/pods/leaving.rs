@@ -1,0 +1,268 @@
+//! A pod's way out: [`Leave`] while its namespace is there, [`gone`] when it is not, [`undo`] for
+//! what could not be finished, [`clean`] after an agent that no longer runs.
+
+use std::{
+    collections::HashSet,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use picomesh_common::{PodConfig, Tuple};
+
+use super::{
+    super::{
+        PodEvent,
+        devices::{self, DeviceOwner},
+        diag,
+        loader::Loader,
+        netns::{Home, NetNs},
+    },
+    captured::{Captured, Core, inside, list_connections},
+    error::PodError,
+    records::{Marks, Record},
+};
+
+/// A pod on its way out: new connections pass, ours finish, then everything goes.
+pub(super) struct Leave {
+    since: Instant,
+    /// Connections of the application that we had taken. None of them may outlive the programs:
+    /// what its socket then sends would be plain (rule 4).
+    taken: HashSet<(SocketAddr, SocketAddr)>,
+}
+
+/// How long connections of ours may keep a pod that leaves.
+const LEAVE_DEADLINE: Duration = Duration::from_secs(3600);
+
+impl Leave {
+    pub(super) fn begin(core: &Core, captured: &Captured, now: Instant) -> Result<Self, PodError> {
+        let (slot, netns) = (captured.handle.slot(), captured.handle.netns());
+        let mut config = core.loader.pod_config(slot)?;
+        let was_captured = config.flags & (PodConfig::ENROLLING | PodConfig::LEAVING) == 0
+            && !core.settings.fail_open;
+        let before = inside(netns, || list_connections(core))?;
+        config.flags = config.flags & !PodConfig::ENROLLING | PodConfig::LEAVING;
+        core.loader.set_pod_config(slot, &config)?;
+        let after = inside(netns, || list_connections(core))?;
+
+        let mut taken: HashSet<_> = before.taken.union(&after.taken).copied().collect();
+        if was_captured {
+            // Our end may be gone already where the application's is not.
+            let known = Known::read(core, slot, config)?;
+            taken.extend(before.apps.iter().filter(|pair| !known.is_plain(pair)));
+        }
+        Ok(Self { since: now, taken })
+    }
+
+    /// True: the pod has left.
+    pub(super) fn step(
+        &mut self,
+        core: &Core,
+        captured: &Captured,
+        now: Instant,
+    ) -> Result<bool, PodError> {
+        let netns = captured.handle.netns();
+        let connections = inside(netns, || list_connections(core))?;
+        self.taken.extend(&connections.taken);
+        let overdue = now.saturating_duration_since(self.since) >= LEAVE_DEADLINE;
+        if !connections.ours.is_empty() && !overdue {
+            return Ok(false);
+        }
+        inside(netns, || {
+            let leftover = self
+                .taken
+                .iter()
+                .filter(|pair| connections.taken.contains(pair) || connections.apps.contains(pair));
+            close(leftover.chain(&connections.ours));
+            Ok(())
+        })?;
+        undo(core, captured, DevicesAre::Ours)?;
+        Ok(true)
+    }
+}
+
+/// The pod's namespace is no longer where it was: everything in it goes with it.
+pub(super) fn gone(core: &Core, captured: &Captured) -> Result<(), PodError> {
+    release(core, captured);
+    core.loader.detach(captured.handle.slot(), &[])?;
+    free(core, captured)
+}
+
+/// Takes a pod's programs and devices off and frees its slot. The namespace is still there.
+pub(super) fn undo(core: &Core, captured: &Captured, devices: DevicesAre) -> Result<(), PodError> {
+    let slot = captured.handle.slot();
+    let result = inside(captured.handle.netns(), || {
+        core.loader.detach(slot, &devices::interfaces()?)?;
+        match devices {
+            DevicesAre::Ours => Ok(devices::remove(&captured.device_owner(true))?),
+            DevicesAre::AnotherS => Ok(()),
+        }
+    });
+    release(core, captured);
+    result?;
+    free(core, captured)
+}
+
+/// Whose the devices in the pod's namespace are.
+#[derive(Clone, Copy)]
+pub(super) enum DevicesAre {
+    Ours,
+    AnotherS,
+}
+
+fn release(core: &Core, captured: &Captured) {
+    captured.members.lock().clear();
+    let uid = Arc::clone(captured.uid());
+    if core
+        .events
+        .blocking_send(PodEvent::Released { uid })
+        .is_err()
+    {
+        tracing::debug!(
+            pod = captured.name,
+            "nobody is left to be told of a released pod"
+        );
+    }
+}
+
+fn free(core: &Core, captured: &Captured) -> Result<(), PodError> {
+    core.loader.clear_slot(captured.handle.slot())?;
+    core.claims.free(captured.uid())
+}
+
+/// What [`super::Datapath::cleanup`] does to a pod of an agent that no longer runs.
+pub(super) fn clean(
+    loader: &Loader,
+    home: &Arc<Home>,
+    marks: Marks,
+    record: &Record,
+    alias: String,
+) -> Result<(), PodError> {
+    let netns = NetNs::open(&record.netns, home)
+        .ok()
+        .filter(|n| n.cookie() == record.cookie);
+    if let Some(netns) = netns {
+        inside(&netns, || {
+            let config = loader.pod_config(record.slot)?;
+            let connections =
+                diag::connections(marks.ours).map_err(|source| PodError::Sockets {
+                    doing: "listing sockets",
+                    source,
+                })?;
+            let known = Known::of(loader, record.slot, config)?;
+            let captured = config.flags & PodConfig::ACTIVE != 0
+                && config.flags
+                    & (PodConfig::ENROLLING | PodConfig::LEAVING | PodConfig::FAIL_OPEN)
+                    == 0;
+            close(
+                connections
+                    .apps
+                    .iter()
+                    .filter(|pair| captured && !known.is_plain(pair))
+                    .chain(&connections.taken)
+                    .chain(&connections.ours),
+            );
+            loader.detach(record.slot, &devices::interfaces()?)?;
+            Ok(devices::remove(&DeviceOwner {
+                alias,
+                on_record: true,
+            })?)
+        })?;
+    } else {
+        loader.detach(record.slot, &[])?;
+    }
+    Ok(loader.clear_slot(record.slot)?)
+}
+
+/// Connections of an application that are plain by right.
+struct Known {
+    plain: HashSet<Tuple>,
+    config: PodConfig,
+}
+
+impl Known {
+    fn read(core: &Core, slot: u32, config: PodConfig) -> Result<Self, PodError> {
+        Self::of(&core.loader, slot, config)
+    }
+
+    fn of(loader: &Loader, slot: u32, config: PodConfig) -> Result<Self, PodError> {
+        let standing = loader.standing()?.into_iter();
+        let probes = loader.probes()?.into_iter().map(|(key, _state)| key);
+        let plain = standing
+            .chain(probes)
+            .filter(|key| key.slot == slot)
+            .map(|key| key.tuple)
+            .collect();
+        Ok(Self { plain, config })
+    }
+
+    fn is_plain(&self, (local, remote): &(SocketAddr, SocketAddr)) -> bool {
+        let skipped_out = self
+            .config
+            .skip_outbound
+            .iter()
+            .any(|r| r.contains(remote.port()));
+        let skipped_in = self
+            .config
+            .skip_inbound
+            .iter()
+            .any(|r| r.contains(local.port()));
+        skipped_out
+            || skipped_in
+            || local.port() == METRICS_PORT
+            || is_link_local(remote.ip())
+            || self.plain.contains(&Tuple::new(*local, *remote))
+    }
+}
+
+/// Scraped in plain whatever the pod's policy (rule 8).
+const METRICS_PORT: u16 = 4191;
+
+fn is_link_local(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => ip.is_link_local(),
+        IpAddr::V6(ip) => ip.is_unicast_link_local(),
+    }
+}
+
+/// Closing needs a kernel with CONFIG_INET_DIAG_DESTROY. Without it the far end's stack resets
+/// the connection at its next packet.
+fn close<'a>(connections: impl Iterator<Item = &'a (SocketAddr, SocketAddr)>) {
+    match diag::destroy(connections) {
+        Ok(0) => {}
+        Ok(closed) => tracing::info!(closed, "closed connections that the mesh had carried"),
+        Err(error) => tracing::warn!(%error, "cannot close connections of a pod that left"),
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test may panic")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_plain_by_right_is_not_closed_when_a_pod_leaves() {
+        let pair = |l: &str, r: &str| (l.parse().unwrap(), r.parse().unwrap());
+        let standing = pair("10.0.0.2:80", "10.0.0.9:4000");
+        let mut config = PodConfig::EMPTY;
+        config.skip_outbound[0] = picomesh_common::PortRange {
+            first: 25,
+            last: 25,
+        };
+        config.skip_inbound[0] = picomesh_common::PortRange {
+            first: 9000,
+            last: 9010,
+        };
+        let known = Known {
+            plain: HashSet::from([Tuple::new(standing.0, standing.1)]),
+            config,
+        };
+        assert!(known.is_plain(&standing));
+        assert!(known.is_plain(&pair("10.0.0.2:4000", "10.0.0.9:25")));
+        assert!(known.is_plain(&pair("10.0.0.2:9001", "10.0.0.9:4000")));
+        assert!(known.is_plain(&pair("10.0.0.2:4191", "10.0.0.9:4000")));
+        assert!(known.is_plain(&pair("[fd00::2]:5000", "[fe80::1]:80")));
+        assert!(!known.is_plain(&pair("10.0.0.2:80", "10.0.0.9:4001")));
+        assert!(!known.is_plain(&pair("10.0.0.2:25", "10.0.0.9:4001")));
+    }
+}

@@ -1,0 +1,163 @@
+//! The loop: on every change, at every turn and when kicked, see what is to be done and have it
+//! done on a few worker threads.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use parking_lot::Mutex;
+use picomesh_common::StandingKey;
+use tokio::{
+    sync::{Notify, watch},
+    task::{JoinSet, spawn_blocking},
+};
+
+use super::{
+    super::{Desired, PodEvent, loader::LoaderError},
+    captured::Core,
+    enrolment,
+    error::PodError,
+    leaving::{self, Leave},
+    table::{Job, Outcome, Table},
+};
+use crate::state::PodUid;
+
+/// A full turn: the kernel's state of every pod is read and compared.
+const FULL_TURN: Duration = Duration::from_secs(30);
+
+/// Enrolments at a time. Loading programs is mostly CPU, so more would only take from the data
+/// threads.
+const WORKERS: usize = 4;
+
+pub(super) struct Reconciler {
+    pub(super) core: Arc<Core>,
+    pub(super) table: Arc<Mutex<Table>>,
+    pub(super) kick: Arc<Notify>,
+}
+
+impl Reconciler {
+    pub(super) async fn run(self, mut desired: watch::Receiver<Desired>, announced: Vec<PodEvent>) {
+        for event in announced {
+            if self.core.events.send(event).await.is_err() {
+                return;
+            }
+        }
+        let first = Arc::clone(&desired.borrow_and_update());
+        {
+            let mut table = self.table.lock();
+            table.known = !first.is_empty() || table.pods.is_empty();
+            table.want(&first);
+        }
+        let mut next_full = Instant::now();
+        loop {
+            let now = Instant::now();
+            let all = now >= next_full;
+            if all {
+                next_full = now + FULL_TURN;
+                self.look_at_host().await;
+            }
+            let jobs = self.table.lock().jobs(all, now);
+            self.work(jobs).await;
+
+            let wake = self.table.lock().next_look(Instant::now());
+            let wake = wake.map_or(next_full, |wake| wake.min(next_full));
+            tokio::select! {
+                changed = desired.changed() => {
+                    if changed.is_err() {
+                        tracing::debug!("nobody says what is desired any more; all stays pinned");
+                        return;
+                    }
+                    let desired = Arc::clone(&desired.borrow_and_update());
+                    let mut table = self.table.lock();
+                    table.known = true;
+                    table.want(&desired);
+                }
+                () = self.kick.notified() => next_full = Instant::now(),
+                () = tokio::time::sleep_until(wake.into()) => {}
+            }
+        }
+    }
+
+    async fn work(&self, jobs: Vec<(PodUid, Job)>) {
+        let standing = if jobs.iter().any(|(_, job)| matches!(job, Job::Check(..))) {
+            let core = Arc::clone(&self.core);
+            match spawn_blocking(move || core.loader.standing()).await {
+                Ok(Ok(keys)) => keys,
+                Ok(Err(error)) => {
+                    tracing::warn!(%error, "cannot read the standing connections");
+                    Vec::new()
+                }
+                Err(_ending) => return,
+            }
+        } else {
+            Vec::new()
+        };
+        let standing: Arc<[StandingKey]> = standing.into();
+        let mut running = JoinSet::new();
+        let mut jobs = jobs.into_iter();
+        loop {
+            while running.len() < WORKERS
+                && let Some((uid, job)) = jobs.next()
+            {
+                let (core, standing) = (Arc::clone(&self.core), Arc::clone(&standing));
+                running.spawn_blocking(move || (uid, job.run(&core, &standing)));
+            }
+            match running.join_next().await {
+                Some(Ok((uid, result))) => self.table.lock().apply(&uid, result, Instant::now()),
+                Some(Err(error)) => tracing::error!(%error, "a worker of the datapath failed"),
+                None => return,
+            }
+        }
+    }
+
+    async fn look_at_host(&self) {
+        let core = Arc::clone(&self.core);
+        let result = spawn_blocking(move || core.loader.attach_host_sockets()).await;
+        let problem = match result {
+            Ok(Ok(())) => None,
+            Ok(Err(error)) => {
+                let word = if matches!(error, LoaderError::NoCgroup2) {
+                    "no_cgroup2"
+                } else {
+                    "host_sockets"
+                };
+                Some((word, PodError::from(error).sentence()))
+            }
+            Err(_ending) => return,
+        };
+        let mut table = self.table.lock();
+        if let Some((reason, error)) = &problem
+            && table.host_problem != problem
+        {
+            tracing::warn!(reason, error, "probes of the host are not recognised");
+        }
+        table.host_problem = problem;
+    }
+}
+
+impl Job {
+    fn run(self, core: &Core, standing: &[StandingKey]) -> Result<Outcome, PodError> {
+        match self {
+            Self::Enrol(pod) => enrolment::enrol(core, &pod).map(Outcome::Enrolled),
+            Self::Check(pod, captured) => {
+                enrolment::check(core, &pod, &captured, standing).map(Outcome::Checked)
+            }
+            Self::Leave(captured, leave) => {
+                let now = Instant::now();
+                // Held for the whole step; nobody else wants it but the next step.
+                let mut leave = leave.lock();
+                let leave = match &mut *leave {
+                    Some(leave) => leave,
+                    none => none.insert(Leave::begin(core, &captured, now)?),
+                };
+                Ok(if leave.step(core, &captured, now)? {
+                    Outcome::Left
+                } else {
+                    Outcome::StillLeaving
+                })
+            }
+            Self::Gone(captured) => leaving::gone(core, &captured).map(|()| Outcome::Left),
+        }
+    }
+}

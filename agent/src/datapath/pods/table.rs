@@ -1,0 +1,348 @@
+//! Which pods there are, what should become of each, and what became of it: no IO, and time is an
+//! argument. One writer, the loop.
+
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use parking_lot::Mutex;
+
+use super::{
+    super::DesiredPod, PodStatus, captured::Captured, enrolment::Checked, error::PodError,
+    leaving::Leave,
+};
+use crate::state::PodUid;
+
+#[derive(Default)]
+pub(super) struct Table {
+    pub(super) pods: HashMap<PodUid, Entry>,
+    /// The desired pods are known: until then nobody is un-enrolled.
+    pub(super) known: bool,
+    pub(super) host_problem: Option<(&'static str, String)>,
+}
+
+impl Table {
+    pub(super) fn adopt(&mut self, captured: Arc<Captured>) {
+        self.pods.insert(
+            Arc::clone(captured.uid()),
+            Entry {
+                name: captured.name.clone(),
+                desired: None,
+                stage: Stage::Captured(captured),
+                failure: None,
+                repairs: 0,
+                stale: true,
+            },
+        );
+    }
+
+    /// Writes down what should be. What should not be any more is found by its absence.
+    pub(super) fn want(&mut self, desired: &[DesiredPod]) {
+        for entry in self.pods.values_mut() {
+            entry.desired = None;
+        }
+        for pod in desired {
+            let entry = self
+                .pods
+                .entry(Arc::clone(&pod.uid))
+                .or_insert_with(|| Entry {
+                    name: pod.name.clone(),
+                    desired: None,
+                    stage: Stage::Pending,
+                    failure: None,
+                    repairs: 0,
+                    stale: false,
+                });
+            entry.name.clone_from(&pod.name);
+            entry.stale = true;
+            entry.desired = Some(Arc::new(pod.clone()));
+        }
+    }
+
+    /// What to do now; `all` for a full turn, else only what is new, due or leaving.
+    pub(super) fn jobs(&mut self, all: bool, now: Instant) -> Vec<(PodUid, Job)> {
+        let known = self.known;
+        // Wanted no more, and nothing of it in the kernel.
+        self.pods.retain(|_uid, entry| {
+            entry.desired.is_some()
+                || matches!(entry.stage, Stage::Captured(_) | Stage::Leaving(..))
+        });
+        let mut jobs = Vec::new();
+        for (uid, entry) in &mut self.pods {
+            let due = entry
+                .failure
+                .as_ref()
+                .is_none_or(|failure| failure.next_try <= now);
+            let job = match (&entry.stage, &entry.desired) {
+                (Stage::Pending | Stage::Failed, Some(pod)) => {
+                    (due || entry.stale).then(|| Job::Enrol(Arc::clone(pod)))
+                }
+                (Stage::Pending | Stage::Failed, None) => None,
+                (Stage::Captured(captured) | Stage::Leaving(captured, _), pod)
+                    if !captured.is_there()
+                        || pod
+                            .as_ref()
+                            .is_some_and(|pod| pod.netns != captured.netns_path) =>
+                {
+                    Some(Job::Gone(Arc::clone(captured)))
+                }
+                (Stage::Captured(captured) | Stage::Leaving(captured, _), Some(pod)) => {
+                    let needed = all
+                        || entry.stale
+                        || entry.failure.is_some() && due
+                        || matches!(entry.stage, Stage::Leaving(..));
+                    needed.then(|| Job::Check(Arc::clone(pod), Arc::clone(captured)))
+                }
+                (Stage::Captured(_), None) if !known => None,
+                (Stage::Captured(captured), None) => {
+                    let captured = Arc::clone(captured);
+                    let leave = Arc::new(Mutex::new(None));
+                    entry.stage = Stage::Leaving(Arc::clone(&captured), Arc::clone(&leave));
+                    Some(Job::Leave(captured, leave))
+                }
+                (Stage::Leaving(captured, leave), None) => {
+                    due.then(|| Job::Leave(Arc::clone(captured), Arc::clone(leave)))
+                }
+            };
+            if let Some(job) = job {
+                entry.stale = false;
+                jobs.push((Arc::clone(uid), job));
+            }
+        }
+        jobs
+    }
+
+    pub(super) fn apply(&mut self, uid: &PodUid, result: Result<Outcome, PodError>, now: Instant) {
+        let Some(entry) = self.pods.get_mut(uid) else {
+            return;
+        };
+        match result {
+            Ok(outcome) => {
+                entry.failure = None;
+                entry.succeed(outcome);
+            }
+            Err(error) => entry.fail(&error, now),
+        }
+    }
+
+    /// When the loop must look again although nothing happened.
+    pub(super) fn next_look(&self, now: Instant) -> Option<Instant> {
+        self.pods
+            .values()
+            .filter_map(|entry| match (&entry.stage, &entry.failure) {
+                (_, Some(failure)) => Some(failure.next_try),
+                (Stage::Pending, None) => Some(now),
+                (Stage::Leaving(..), None) => Some(now + LEAVING_LOOK),
+                (Stage::Captured(_) | Stage::Failed, None) => None,
+            })
+            .min()
+    }
+}
+
+pub(super) struct Entry {
+    name: String,
+    /// `None`: should not be captured.
+    desired: Option<Arc<DesiredPod>>,
+    pub(super) stage: Stage,
+    /// What went wrong last, until it goes right.
+    failure: Option<Failure>,
+    repairs: u64,
+    /// Something changed that a check must carry over to the kernel.
+    stale: bool,
+}
+
+pub(super) enum Stage {
+    /// Not tried yet.
+    Pending,
+    /// Tried, and not captured.
+    Failed,
+    Captured(Arc<Captured>),
+    Leaving(Arc<Captured>, Arc<Mutex<Option<Leave>>>),
+}
+
+struct Failure {
+    reason: &'static str,
+    sentence: String,
+    /// In a row; the wait doubles with each.
+    times: u32,
+    next_try: Instant,
+}
+
+/// What the loop has decided to do for one pod.
+pub(super) enum Job {
+    Enrol(Arc<DesiredPod>),
+    Check(Arc<DesiredPod>, Arc<Captured>),
+    Leave(Arc<Captured>, Arc<Mutex<Option<Leave>>>),
+    /// The namespace is not there any more, or is another one.
+    Gone(Arc<Captured>),
+}
+
+/// What became of it.
+pub(super) enum Outcome {
+    Enrolled(Arc<Captured>),
+    Checked(Checked),
+    StillLeaving,
+    Left,
+}
+
+impl Entry {
+    fn succeed(&mut self, outcome: Outcome) {
+        match outcome {
+            Outcome::Enrolled(captured) => {
+                tracing::info!(
+                    pod = self.name,
+                    slot = captured.handle.slot(),
+                    netns = captured.handle.netns().inode(),
+                    "captured"
+                );
+                self.stage = Stage::Captured(captured);
+            }
+            Outcome::Checked(Checked { repaired }) => {
+                if let Stage::Leaving(captured, _) = &self.stage {
+                    tracing::info!(pod = self.name, "captured again before it had left");
+                    self.stage = Stage::Captured(Arc::clone(captured));
+                } else if !repaired.is_empty() {
+                    tracing::info!(pod = self.name, ?repaired, "mended");
+                    self.repairs += 1;
+                }
+            }
+            Outcome::StillLeaving => {}
+            Outcome::Left => {
+                tracing::info!(pod = self.name, "released");
+                self.stage = Stage::Pending;
+            }
+        }
+    }
+
+    fn fail(&mut self, error: &PodError, now: Instant) {
+        let times = self
+            .failure
+            .as_ref()
+            .map_or(1, |failure| failure.times.saturating_add(1));
+        let (reason, sentence) = (error.reason(), error.sentence());
+        if self
+            .failure
+            .as_ref()
+            .is_none_or(|before| before.sentence != sentence)
+        {
+            tracing::warn!(
+                pod = self.name,
+                reason,
+                error = sentence,
+                "cannot be captured as it should"
+            );
+        }
+        self.failure = Some(Failure {
+            reason,
+            sentence,
+            times,
+            next_try: now + backoff(times),
+        });
+        if matches!(self.stage, Stage::Pending) {
+            self.stage = Stage::Failed;
+        }
+    }
+
+    pub(super) fn status(&self, uid: &PodUid) -> PodStatus {
+        let (state, captured) = match &self.stage {
+            Stage::Pending | Stage::Failed => ("pending", None),
+            Stage::Captured(captured) => ("captured", Some(captured)),
+            Stage::Leaving(captured, _) => ("leaving", Some(captured)),
+        };
+        PodStatus {
+            uid: uid.to_string(),
+            name: self.name.clone(),
+            slot: captured.map(|captured| captured.handle.slot()),
+            state: if self.failure.is_some() {
+                "failed"
+            } else {
+                state
+            },
+            reason: self
+                .failure
+                .as_ref()
+                .map(|f| (f.reason, f.sentence.clone())),
+            repairs: self.repairs,
+            counters: Vec::new(),
+        }
+    }
+}
+
+const LEAVING_LOOK: Duration = Duration::from_millis(500);
+
+/// 1, 2, 4 … 60 seconds.
+fn backoff(times: u32) -> Duration {
+    Duration::from_secs(1 << times.saturating_sub(1).min(6)).min(Duration::from_secs(60))
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test may panic")]
+mod tests {
+    use picomesh_common::PodConfig;
+
+    use super::*;
+
+    fn pod(uid: &str) -> DesiredPod {
+        DesiredPod {
+            uid: uid.into(),
+            name: format!("ns/{uid}"),
+            ips: Vec::new(),
+            config: PodConfig::EMPTY,
+            netns: format!("/run/netns/{uid}").into(),
+        }
+    }
+
+    fn uids(jobs: &[(PodUid, Job)]) -> Vec<&str> {
+        let mut uids: Vec<&str> = jobs
+            .iter()
+            .map(|(uid, job)| {
+                assert!(matches!(job, Job::Enrol(_)));
+                &**uid
+            })
+            .collect();
+        uids.sort_unstable();
+        uids
+    }
+
+    #[test]
+    fn a_failed_pod_is_tried_again_later_and_at_once_when_it_changed() {
+        let mut table = Table {
+            known: true,
+            ..Table::default()
+        };
+        let start = Instant::now();
+        table.want(&[pod("a"), pod("b")]);
+        assert_eq!(uids(&table.jobs(false, start)), ["a", "b"]);
+        let uid = PodUid::from("a");
+        table.apply(&uid, Err(PodError::NoSlot), start);
+        table.apply(&PodUid::from("b"), Err(PodError::NoSlot), start);
+        let status = table.pods[&uid].status(&uid);
+        assert_eq!(
+            (status.state, status.reason.unwrap().0),
+            ("failed", "no_slot")
+        );
+
+        assert!(table.jobs(true, start).is_empty(), "not before its time");
+        assert_eq!(table.next_look(start), Some(start + Duration::from_secs(1)));
+        assert_eq!(
+            uids(&table.jobs(false, start + Duration::from_secs(1))),
+            ["a", "b"]
+        );
+        table.want(&[pod("a")]);
+        assert_eq!(uids(&table.jobs(false, start)), ["a"]);
+        assert_eq!(
+            table.pods.len(),
+            1,
+            "what is not wanted and not there is forgotten"
+        );
+    }
+
+    #[test]
+    fn tries_grow_rarer_up_to_a_minute() {
+        let seconds: Vec<u64> = (1..10).map(|times| backoff(times).as_secs()).collect();
+        assert_eq!(seconds, [1, 2, 4, 8, 16, 32, 60, 60, 60]);
+        assert_eq!(backoff(u32::MAX).as_secs(), 60);
+    }
+}

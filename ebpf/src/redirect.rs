@@ -1,0 +1,112 @@
+//! A verdict, and how it is carried out.
+
+use aya_ebpf::{
+    bindings::{BPF_F_INGRESS, TC_ACT_SHOT, TC_ACT_UNSPEC},
+    helpers::generated::{bpf_redirect, bpf_skb_change_head},
+    programs::TcContext,
+};
+use picomesh_common::{
+    Counter,
+    config::{MESH0_IFINDEX, MESH0_MAC, MESH1_IFINDEX, MESH1_MAC},
+};
+
+use crate::{
+    maps::{capture_mark, count, l2_len},
+    packet::{self, Bytes, Packet},
+};
+
+/// What becomes of a packet.
+#[derive(Clone, Copy)]
+pub(crate) enum Verdict {
+    Pass,
+    /// Passes, and is counted.
+    PassCounted(Counter),
+    Drop(Counter),
+    /// To the outbound listener.
+    Outbound,
+    /// To the inbound listener.
+    Inbound,
+}
+
+/// Carries a verdict out. "Pass" leaves the packet to the programs and filters after ours.
+#[inline(always)]
+pub(crate) fn act(ctx: &TcContext, verdict: Verdict) -> i32 {
+    match verdict {
+        Verdict::Pass => TC_ACT_UNSPEC,
+        Verdict::PassCounted(counter) => {
+            count(counter);
+            TC_ACT_UNSPEC
+        }
+        Verdict::Drop(counter) => drop(counter),
+        Verdict::Outbound => {
+            // Our policy rule finds the packet by this and calls every address local.
+            // SAFETY: a field of the context that programs may write.
+            unsafe { (*ctx.skb.skb).mark = capture_mark() };
+            redirect(ctx, MESH0_IFINDEX, &MESH0_MAC)
+        }
+        Verdict::Inbound => redirect(ctx, MESH1_IFINDEX, &MESH1_MAC),
+    }
+}
+
+#[inline(always)]
+fn redirect(ctx: &TcContext, ifindex: u32, mac: &[u8; 6]) -> i32 {
+    const ETHERNET: u32 = 14;
+    if l2_len() == 0 {
+        // The device wants a link header where this interface has none; its last two bytes tell
+        // the protocol.
+        // SAFETY: a field of the context, and a helper that grows the packet's head.
+        let protocol = unsafe {
+            let protocol = (*ctx.skb.skb).protocol as u16;
+            if bpf_skb_change_head(ctx.skb.skb, ETHERNET, 0) != 0 {
+                return drop(Counter::RedirectFailed);
+            }
+            protocol
+        };
+        if ctx.store(12, &protocol, 0).is_err() {
+            return drop(Counter::RedirectFailed);
+        }
+    }
+    if ctx.store(0, mac, 0).is_err() {
+        return drop(Counter::RedirectFailed);
+    }
+    // SAFETY: plain numbers.
+    unsafe { bpf_redirect(ifindex, BPF_F_INGRESS as u64) as i32 }
+}
+
+#[inline(always)]
+fn drop(counter: Counter) -> i32 {
+    count(counter);
+    TC_ACT_SHOT
+}
+
+/// Reads the packet at hand.
+#[inline(always)]
+pub(crate) fn parse(ctx: &TcContext) -> Result<Packet, Counter> {
+    // SAFETY: fields of the context. Both are read before anything branches, or the compiler
+    // merges the two accesses into one that the verifier refuses.
+    let (protocol, tci) = unsafe {
+        (
+            core::ptr::read_volatile(&raw const (*ctx.skb.skb).protocol),
+            core::ptr::read_volatile(&raw const (*ctx.skb.skb).vlan_tci),
+        )
+    };
+    // A tag of a real VLAN that the device or the kernel took off already: the packet is for an
+    // interface on top of this one, and would be nobody's on ours.
+    if tci & 0x0fff != 0 {
+        return Err(Counter::UnknownEthertype);
+    }
+    packet::parse(
+        &Frame(ctx),
+        u16::from_be(protocol as u16),
+        l2_len() as usize,
+    )
+}
+
+struct Frame<'a>(&'a TcContext);
+
+impl Bytes for Frame<'_> {
+    #[inline(always)]
+    fn load<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        self.0.load(offset).ok()
+    }
+}

@@ -1,0 +1,253 @@
+//! `cargo xtask test`: every tier, whatever fails, and one closing line.
+//!
+//! A tier is a list of steps; a step is a command whose output is shown as it comes and counted:
+//! by its test results where it prints them, else as one. A tier that cannot run here is skipped
+//! with its reason, which counts as one skip, and with `CI=true` a skip makes the run fail.
+
+mod count;
+mod rules;
+mod steps;
+
+use std::process::{Command, ExitCode};
+
+use anyhow::Result;
+use picomesh_tests::{reaper, requirements};
+
+pub(crate) use self::count::Count;
+use crate::{
+    cache::CARGO_DENY,
+    mutants,
+    needs::{self, Purpose},
+    shell,
+};
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Run only these tiers
+    #[arg(long = "tier", value_name = "TIER")]
+    tiers: Vec<Tier>,
+    /// Run only tests whose name contains this
+    #[arg(long, value_name = "WORD")]
+    filter: Option<String>,
+    /// Name the tests instead of running them
+    #[arg(long)]
+    list: bool,
+    /// Also take out one rule of the kernel half at a time and demand red, and run `mutants`
+    #[arg(long)]
+    full: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Tier {
+    /// Formatting, clippy, licences and duplicates
+    Lint,
+    /// Tests beside the code; needs no root
+    Unit,
+    /// The kernel half, packet by packet and attached in namespaces
+    Bpf,
+    /// Whole agents in a world of namespaces
+    Mesh,
+}
+
+impl Tier {
+    const ALL: [Self; 4] = [Self::Lint, Self::Unit, Self::Bpf, Self::Mesh];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Lint => "lint",
+            Self::Unit => "unit",
+            Self::Bpf => "bpf",
+            Self::Mesh => "mesh",
+        }
+    }
+}
+
+pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    reaper::install()?;
+    let tiers = if args.tiers.is_empty() {
+        Tier::ALL.to_vec()
+    } else {
+        args.tiers.clone()
+    };
+    let mut total = Count::default();
+    for tier in tiers {
+        if args.list {
+            list(tier)?;
+            continue;
+        }
+        println!("== {} ==", tier.name());
+        total.add(run_tier(tier, args.filter.as_deref()));
+    }
+    if args.list {
+        return Ok(ExitCode::SUCCESS);
+    }
+    if args.full {
+        println!("== rules ==");
+        total.add(rules::run());
+        println!("== mutants ==");
+        total.add(mutants::count());
+    }
+    for name in &total.failures {
+        println!("failed: {name}");
+    }
+    for skip in &total.skips {
+        println!("skipped: {skip}");
+    }
+    let in_ci = std::env::var("CI").is_ok_and(|v| v == "true");
+    if in_ci && total.skipped > 0 {
+        println!("a skip is a failure here, because CI=true");
+    }
+    println!(
+        "{} passed, {} failed, {} skipped",
+        total.passed, total.failed, total.skipped
+    );
+    Ok(if total.failed > 0 || (in_ci && total.skipped > 0) {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    })
+}
+
+fn run_tier(tier: Tier, filter: Option<&str>) -> Count {
+    let prepared = match tier {
+        Tier::Lint => needs::ensure(&[Purpose::Build, Purpose::Deny]),
+        Tier::Unit => needs::ensure(&[Purpose::Build]),
+        Tier::Bpf | Tier::Mesh => {
+            if let Some(missing) = requirements::missing().first() {
+                return Count::skipped(
+                    tier.name(),
+                    &format!("{} is missing: {}", missing.what, missing.remedy),
+                );
+            }
+            prepare_kernel_tiers(tier)
+        }
+    };
+    if let Err(e) = prepared {
+        return Count::failure(&format!("{}: prepare", tier.name()), &format!("{e:#}"));
+    }
+    let mut total = Count::default();
+    for (name, mut command) in commands(tier, filter) {
+        total.add(steps::run(&format!("{}: {name}", tier.name()), &mut command));
+    }
+    total
+}
+
+/// The kernel half, and for whole agents the binary that ships, with the switches tests need.
+fn prepare_kernel_tiers(tier: Tier) -> Result<()> {
+    needs::ensure(&[Purpose::World])?;
+    crate::ebpf::build()?;
+    if tier == Tier::Mesh {
+        shell::run(&mut agent_build(true))?;
+    }
+    Ok(())
+}
+
+/// Builds the agent in release; with `testing` it takes rules out on request.
+pub(crate) fn agent_build(testing: bool) -> Command {
+    let mut command = shell::cargo();
+    command.args(["build", "--release", "-p", "picomesh-agent"]);
+    if testing {
+        command.args(["--features", "testing"]);
+    }
+    command
+}
+
+/// Where [`agent_build`] leaves it.
+pub(crate) fn agent_binary() -> std::path::PathBuf {
+    shell::target_dir().join("release/picomesh-agent")
+}
+
+fn commands(tier: Tier, filter: Option<&str>) -> Vec<(&'static str, Command)> {
+    let cargo = |args: &[&str]| {
+        let mut command = shell::cargo();
+        command.args(args);
+        command
+    };
+    match tier {
+        // A filter names tests, and these are none.
+        Tier::Lint if filter.is_some() => Vec::new(),
+        Tier::Lint => {
+            let mut deny = cargo(&["deny", "--workspace", "check", "licenses", "bans", "sources"]);
+            let path = std::env::var("PATH").unwrap_or_default();
+            deny.env(
+                "PATH",
+                format!("{}:{path}", CARGO_DENY.bin_dir().display()),
+            );
+            vec![
+                ("fmt", cargo(&["fmt", "--all", "--check"])),
+                (
+                    "clippy",
+                    cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]),
+                ),
+                (
+                    "clippy without features",
+                    cargo(&[
+                        "clippy",
+                        "-p",
+                        "picomesh-agent",
+                        "-p",
+                        "picomesh-common",
+                        "--lib",
+                        "--no-default-features",
+                        "--",
+                        "-D",
+                        "warnings",
+                    ]),
+                ),
+                ("deny", deny),
+            ]
+        }
+        Tier::Unit => vec![
+            (
+                "agent, common, xtask",
+                test(
+                    &["-p", "picomesh-agent", "-p", "picomesh-common", "-p", "xtask"],
+                    filter,
+                ),
+            ),
+            ("world", test(&["-p", "picomesh-tests", "--lib"], filter)),
+        ],
+        Tier::Bpf => vec![("programs", bpf_tests(filter))],
+        Tier::Mesh => {
+            let mut mesh = test(&["-p", "picomesh-tests", "--test", "mesh"], filter);
+            mesh.env(picomesh_tests::agent::BINARY, agent_binary());
+            vec![("agents", mesh)]
+        }
+    }
+}
+
+pub(crate) fn bpf_tests(filter: Option<&str>) -> Command {
+    test(&["-p", "picomesh-tests", "--test", "bpf"], filter)
+}
+
+fn test(args: &[&str], filter: Option<&str>) -> Command {
+    let mut command = shell::cargo();
+    // Every binary runs, also after one has failed.
+    command.args(["test", "--no-fail-fast"]).args(args);
+    if let Some(filter) = filter {
+        command.args(["--", filter]);
+    }
+    command
+}
+
+fn list(tier: Tier) -> Result<()> {
+    match tier {
+        Tier::Lint => {
+            for (name, _) in commands(tier, None) {
+                println!("{}: {name}", tier.name());
+            }
+        }
+        Tier::Unit | Tier::Bpf | Tier::Mesh => {
+            for (_, mut command) in commands(tier, None) {
+                // No doc tests: they have no names worth listing.
+                let output = command.args(["--", "--list"]).output()?;
+                for line in String::from_utf8_lossy(&output.stdout).lines() {
+                    if let Some(name) = line.strip_suffix(": test") {
+                        println!("{}: {name}", tier.name());
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
