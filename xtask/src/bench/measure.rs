@@ -184,7 +184,7 @@ pub(crate) fn round(
     result.note("paced", &paced);
     put_percentiles(&mut result, &paced, Metric::P50, Metric::P99);
     if plan.spin {
-        let spinner = Spinner::start()?;
+        let spinner = Spinner::start(&stage.client)?;
         let paced = load::requests(&streams, "/", Some(PACE), window, &meter)
             .context("latency, CPUs kept awake")?;
         drop(spinner);

@@ -5,7 +5,6 @@
 //! [`load`] is what a client does, [`measure`] is one contender in one round, [`report`] makes
 //! tables and ratios of the rounds. Nothing here knows how the agent works: it is a program
 //! between two addresses, like its peers.
-#![expect(clippy::print_stdout, reason = "a command line tool talks to its user")]
 
 mod contender;
 mod load;
@@ -18,12 +17,13 @@ mod usage;
 
 use std::{
     path::{Path, PathBuf},
+    process::ExitCode,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use picomesh_tests::reaper;
+use picomesh_tests::{agent::BINARY, reaper};
 use serde_json::json;
 
 use self::{
@@ -32,7 +32,11 @@ use self::{
     report::Report,
     usage::Machine,
 };
-use crate::{build, needs::Group, setup};
+use crate::{
+    ebpf,
+    needs::{self, Purpose},
+    shell, test,
+};
 
 /// Files that a thousand connections need on either side of them, and to spare.
 const FILES: u64 = 8_192;
@@ -56,7 +60,7 @@ pub(crate) struct Args {
     spin: bool,
 }
 
-pub(crate) fn run(args: &Args) -> Result<()> {
+pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     ensure!(
         nix::unistd::geteuid().is_root(),
         "the benchmark makes network namespaces and needs root; call it with sudo"
@@ -66,12 +70,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         .into_iter()
         .filter(|c| args.only.is_empty() || args.only.contains(c))
         .collect();
-    setup::ensure(&[Group::Run, Group::Bench])?;
+    needs::ensure(&[Purpose::World, Purpose::Bench])?;
     let agent = if contenders.iter().any(|c| c.is_picomesh()) {
-        Some(match std::env::var_os(picomesh_tests::agent::BINARY) {
-            Some(named) => PathBuf::from(named),
-            None => build::agent()?,
-        })
+        Some(agent()?)
     } else {
         None
     };
@@ -120,15 +121,29 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         println!("\nEvery figure is in {}.", file.display());
     }
     println!("\nTook {} s.", took.as_secs());
-    if broken.is_empty() {
-        Ok(())
-    } else {
-        bail!(
-            "{} measurements are missing:\n{}",
-            broken.len(),
-            broken.join("\n")
-        )
+    ensure!(
+        broken.is_empty(),
+        "{} measurements are missing:\n{}",
+        broken.len(),
+        broken.join("\n")
+    );
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The agent's binary: a named one, else the release build of this checkout.
+fn agent() -> Result<PathBuf> {
+    if let Some(named) = std::env::var_os(BINARY) {
+        let named = PathBuf::from(named);
+        ensure!(
+            named.is_file(),
+            "{BINARY} is {}: no such file; leave it out and the agent is built",
+            named.display()
+        );
+        return Ok(named);
     }
+    ebpf::build()?;
+    shell::run(&mut test::agent_build(false))?;
+    Ok(test::agent_binary())
 }
 
 /// Goes through the rounds; what could not be measured comes back in words. A contender that

@@ -416,8 +416,6 @@ fn markdown(text: &mut String, rows: &[Vec<String>]) {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test that fails here has failed")]
-
     use super::*;
 
     fn round(round: u32, contender: Contender, metric: Metric, value: f64) -> Round {

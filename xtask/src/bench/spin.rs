@@ -1,103 +1,71 @@
-//! A thread per core that is always ready to run and always gives way.
+//! A program per core that is always ready to run and always gives way.
 //!
 //! Where an idle CPU halts, waking it costs a hundred microseconds and more for every proxied
 //! request at a low rate, and that says more about the machine than about the proxy. With a
 //! spinner of idle priority on each core no CPU ever halts. Latency is reported without and with.
 
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    thread::{self, JoinHandle},
-};
+use std::{fs, thread, time::Duration};
 
 use anyhow::{Context, Result};
-use nix::{
-    errno::Errno,
-    libc,
-    sched::{CpuSet, sched_setaffinity},
-    unistd::Pid,
-};
+use picomesh_tests::{Pod, process::Process, wait};
+
+/// SCHED_IDLE, as field 41 of /proc/PID/stat has it.
+const IDLE_POLICY: &str = "5";
+const START: Duration = Duration::from_secs(5);
 
 /// Spins until it is dropped.
 pub(crate) struct Spinner {
-    stop: Arc<AtomicBool>,
-    threads: Vec<JoinHandle<()>>,
+    _processes: Vec<Process>,
 }
 
 impl Spinner {
-    pub(crate) fn start() -> Result<Self> {
-        let mut spinner = Self {
-            stop: Arc::new(AtomicBool::new(false)),
-            threads: Vec::new(),
-        };
+    /// As programs of `pod`: they need none of its network, but they go when its world goes.
+    pub(crate) fn start(pod: &Pod) -> Result<Self> {
+        let mut processes = Vec::new();
         for core in 0..thread::available_parallelism()?.get() {
-            let stop = Arc::clone(&spinner.stop);
-            let (tell, told) = std::sync::mpsc::sync_channel(1);
-            let thread = thread::Builder::new()
-                .name("spinner".into())
-                .spawn(move || {
-                    let ready = become_idle(core);
-                    let spins = ready.is_ok();
-                    let _ = tell.send(ready);
-                    while spins && !stop.load(Ordering::Relaxed) {
-                        std::hint::spin_loop();
-                    }
-                })?;
-            spinner.threads.push(thread);
-            told.recv()
-                .context("a spinner ended")?
-                .with_context(|| format!("spin on core {core} at idle priority"))?;
+            let core = core.to_string();
+            let spin = "while :; do :; done";
+            let args = ["-c", &core, "chrt", "--idle", "0", "sh", "-c", spin];
+            let process = pod
+                .spawn(&format!("spinner-{core}"), "taskset", &args)
+                .context("taskset and chrt are of the package util-linux")?;
+            wait::until("a spinner of idle priority spins", START, || {
+                policy(process.pid()).as_deref() == Some(IDLE_POLICY)
+            })
+            .with_context(|| process.last_words(5))?;
+            processes.push(process);
         }
-        Ok(spinner)
+        Ok(Self {
+            _processes: processes,
+        })
     }
 }
 
-impl Drop for Spinner {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        for thread in self.threads.drain(..) {
-            let _ = thread.join();
-        }
-    }
-}
-
-/// Ties the calling thread to a core and lets every other thread go first.
-fn become_idle(core: usize) -> Result<(), Errno> {
-    let mut set = CpuSet::new();
-    set.set(core)?;
-    sched_setaffinity(Pid::from_raw(0), &set)?;
-    // SAFETY: sched_param is plain numbers, for which zero is valid and what SCHED_IDLE demands.
-    let parameters: libc::sched_param = unsafe { std::mem::zeroed() };
-    // SAFETY: 0 is the calling thread; the kernel only reads `parameters`, which outlives the call.
-    Errno::result(unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &parameters) })?;
-    Ok(())
+/// The scheduling policy of a process.
+fn policy(pid: i32) -> Option<String> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The command's name may hold blanks and parentheses: count from the last one.
+    let (_, rest) = stat.rsplit_once(") ")?;
+    rest.split(' ').nth(38).map(str::to_owned)
 }
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test that fails here has failed")]
+    use std::process::Command;
 
     use super::*;
 
     #[test]
-    fn a_spinner_runs_at_idle_priority_and_ends_when_dropped() {
-        let spinner = Spinner::start().unwrap();
-        let policies: Vec<String> = std::fs::read_dir("/proc/self/task")
-            .unwrap()
-            .filter_map(|task| {
-                let path = task.unwrap().path();
-                let name = std::fs::read_to_string(path.join("comm")).ok()?;
-                // Field 41 of stat, the 39th after the name, is the scheduling policy.
-                let stat = std::fs::read_to_string(path.join("stat")).ok()?;
-                let (_, rest) = stat.rsplit_once(") ")?;
-                let policy = rest.split(' ').nth(38)?.to_owned();
-                (name.trim() == "spinner").then_some(policy)
-            })
-            .collect();
-        assert_eq!(policies.len(), spinner.threads.len());
-        assert!(policies.iter().all(|p| *p == libc::SCHED_IDLE.to_string()));
-        drop(spinner);
+    fn idle_priority_is_told_from_normal() {
+        let ours = std::process::id() as i32;
+        assert!(policy(ours).is_some_and(|p| p != IDLE_POLICY));
+        let args = ["--idle", "0", "sleep", "60"];
+        let mut child = Command::new("chrt").args(args).spawn().unwrap();
+        let told = wait::until("idle", START, || {
+            policy(child.id() as i32).as_deref() == Some(IDLE_POLICY)
+        });
+        child.kill().unwrap();
+        child.wait().unwrap();
+        told.unwrap();
     }
 }

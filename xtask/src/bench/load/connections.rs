@@ -148,8 +148,6 @@ impl Slot {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test that fails here has failed")]
-
     use std::{net::TcpListener, thread, time::Duration};
 
     use super::*;

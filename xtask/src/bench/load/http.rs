@@ -293,8 +293,6 @@ fn answer_length(bytes: &[u8]) -> Option<usize> {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test that fails here has failed")]
-
     use std::{io::BufRead, io::BufReader, net::TcpListener, thread};
 
     use super::*;
