@@ -182,13 +182,6 @@ const NEEDS: &[Need] = &[
     ),
     package(
         Purpose::Bench,
-        "nghttp2-client",
-        Sign::Program("h2load"),
-        "makes load",
-    ),
-    package(Purpose::Bench, "wrk", Sign::Program("wrk"), "makes load"),
-    package(
-        Purpose::Bench,
         "openssl",
         Sign::Program("openssl"),
         "certificates for the proxies compared with",
