@@ -23,7 +23,7 @@ pub use pods::{Datapath, DatapathSettings, PodStatus};
 pub use sockets::{PodHandle, PodSockets, Source};
 
 /// What the kernel should do for one pod.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct DesiredPod {
     pub uid: PodUid,
     /// namespace/name, for logs.

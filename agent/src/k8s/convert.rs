@@ -509,3 +509,6 @@ fn is_local(path: &str, policy: Option<&str>) -> Result<bool, FieldError> {
 fn name(name: Option<&str>) -> Option<Arc<str>> {
     name.filter(|name| !name.is_empty()).map(Arc::from)
 }
+
+#[cfg(test)]
+mod tests;
