@@ -389,10 +389,12 @@ impl Loader {
                 aya.load(self.bytes)?
             };
             for name in [program::EGRESS, program::INGRESS] {
-                classifier(&mut object, name)?.load()?;
+                let classifier = classifier(&mut object, name)?;
+                load_patiently(|| classifier.load())?;
             }
             if steer.is_none() {
-                lookup(&mut object)?.load()?;
+                let lookup = lookup(&mut object)?;
+                load_patiently(|| lookup.load())?;
                 steer = Some(*l2_len);
             }
             by_l2.insert(*l2_len, object);
@@ -451,7 +453,7 @@ impl Loader {
                     self.attach_tcx(classifier, interface, direction, &pin)?;
                 } else {
                     self.attach_clsact(classifier, interface, direction)?;
-                    remove(&pin)?;
+                    take_off(&pin)?;
                 }
                 let program = format!("program-{}-{}", word(direction), interface.l2_len);
                 repin(&dir.join(program), |path| classifier.pin(path))?;
@@ -564,7 +566,7 @@ impl Loader {
                     .is_some_and(|index| interfaces.iter().all(|known| known.index != index))
             });
             if stale {
-                remove(&dir.join(name))?;
+                take_off(&dir.join(name))?;
             }
         }
         Ok(())
@@ -623,7 +625,11 @@ impl Loader {
         let mut names = entries(&dir)?;
         names.sort_by_key(|name| name == program::STEER);
         for name in names {
-            remove(&dir.join(name))?;
+            let is_link = ["egress-", "ingress-", program::STEER]
+                .iter()
+                .any(|prefix| name.starts_with(prefix));
+            let path = dir.join(name);
+            if is_link { take_off(&path)? } else { remove(&path)? }
         }
         remove(&dir)
     }
@@ -651,7 +657,7 @@ impl Loader {
                 name: program::HOST_SOCKETS,
             })?
             .try_into()?;
-        match sockops.load() {
+        match load_patiently(|| sockops.load()) {
             // A repair: this agent attached it before and somebody took it off.
             Ok(()) | Err(ProgramError::AlreadyLoaded) => {}
             Err(error) => return Err(error.into()),
@@ -684,6 +690,7 @@ impl Loader {
     /// first: clsact filters hang in their namespaces, not here.
     pub fn remove_everything(self) -> Result<(), LoaderError> {
         let Self { root, settings, .. } = self;
+        take_off(&root.join("host/sockops"))?;
         remove_tree(&root)?;
         match fs::remove_dir(&settings.bpf_dir) {
             // Another layout's pins, or somebody's mount: not ours to remove.
@@ -840,6 +847,26 @@ fn lookup(object: &mut Ebpf) -> Result<&mut SkLookup, LoaderError> {
     Ok(program.try_into()?)
 }
 
+/// The verifier gives up with EAGAIN when a signal is pending, whoever it is for; the kernel expects
+/// to be asked again.
+fn load_patiently(
+    mut load: impl FnMut() -> Result<(), ProgramError>,
+) -> Result<(), ProgramError> {
+    const ATTEMPTS: usize = 10;
+    let mut result = load();
+    for _ in 1..ATTEMPTS {
+        match &result {
+            Err(ProgramError::LoadError { io_error, .. })
+                if io_error.raw_os_error() == Some(nix::libc::EAGAIN) =>
+            {
+                result = load();
+            }
+            Ok(()) | Err(_) => break,
+        }
+    }
+    result
+}
+
 fn filter_link(
     interface: &Interface,
     direction: TcAttachType,
@@ -895,8 +922,21 @@ fn replace(pin: &Path, program: BorrowedFd<'_>, attached: &[u32]) -> Result<bool
             Err(error) => return Err(failed(error)),
         }
     }
-    remove(pin)?;
+    take_off(pin)?;
     Ok(false)
+}
+
+/// Detaches and unpins a link, if it is pinned.
+fn take_off(pin: &Path) -> Result<(), LoaderError> {
+    match sys::open_pin(pin) {
+        Ok(link) => {
+            // What it was attached to may be gone, and then it is detached already.
+            let _ = sys::detach_link(link.as_fd());
+            remove(pin)
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(source) => Err(LoaderError::PinFile { pin: pin.to_owned(), source }),
+    }
 }
 
 /// Pins by `pin`, in the place of whatever is at `path`.
