@@ -17,11 +17,17 @@ use crate::{
 };
 
 pub const TESTS: &[Test] = &[
-    ("one_vlan_tag_is_seen_through_and_more_are_dropped", vlan_tags),
+    (
+        "one_vlan_tag_is_seen_through_and_more_are_dropped",
+        vlan_tags,
+    ),
     ("ip_options_and_extension_headers_are_walked", options),
     ("too_many_extension_headers_are_dropped", too_many),
     ("fragments_in_both_orders_are_dropped", fragments),
-    ("an_applications_ip_options_do_not_lead_past_us", own_options),
+    (
+        "an_applications_ip_options_do_not_lead_past_us",
+        own_options,
+    ),
 ];
 
 /// The kernel takes the first tag off before tc and the inner ones after it.
@@ -30,7 +36,11 @@ fn vlan_tags(setup: &Setup) -> Result<()> {
     let wire = Wire::open(&topology.node, "topod")?;
     for family in FAMILIES {
         let app = serve(&topology.pod, SocketAddr::new(family.pod, 80))?;
-        let frame = Frame::to_pod(SocketAddr::new(family.client, 46_000), app.local_addr()?, SYN);
+        let frame = Frame::to_pod(
+            SocketAddr::new(family.client, 46_000),
+            app.local_addr()?,
+            SYN,
+        );
         let captured = topology.count(Counter::CapturedInbound)?;
         wire.send(&frame.clone().tagged(1).bytes())?;
         topology.await_count(Counter::CapturedInbound, captured)?;
@@ -73,7 +83,11 @@ fn too_many(setup: &Setup) -> Result<()> {
     let family = FAMILIES[1];
     let app = serve(&topology.pod, SocketAddr::new(family.pod, 80))?;
     let from = SocketAddr::new(family.client, 46_200);
-    wire.send(&Frame::to_pod(from, app.local_addr()?, SYN).extensions(9).bytes())?;
+    wire.send(
+        &Frame::to_pod(from, app.local_addr()?, SYN)
+            .extensions(9)
+            .bytes(),
+    )?;
     topology.await_count(Counter::TooManyExtensions, 0)?;
     nothing_reached(&topology)
 }
@@ -110,7 +124,11 @@ fn own_options(setup: &Setup) -> Result<()> {
     for family in FAMILIES {
         let server = SocketAddr::new(family.client, 80);
         let mut app: std::net::TcpStream = topology.pod.enter(|| {
-            let socket = Socket::new(Domain::for_address(server), Type::STREAM, Some(Protocol::TCP))?;
+            let socket = Socket::new(
+                Domain::for_address(server),
+                Type::STREAM,
+                Some(Protocol::TCP),
+            )?;
             add_options(&socket, family.pod)?;
             socket.connect_timeout(&server.into(), SOON)?;
             Ok(socket.into())
@@ -118,7 +136,10 @@ fn own_options(setup: &Setup) -> Result<()> {
         let (taken, _peer) = accept(&listeners.outbound[family.index as usize])?;
         ensure!(taken.local_addr()? == server);
         app.write_all(b"marker-behind-options")?;
-        ensure!(!wire.carries(QUIET, b"marker-behind-options"), "plain bytes left the pod");
+        ensure!(
+            !wire.carries(QUIET, b"marker-behind-options"),
+            "plain bytes left the pod"
+        );
     }
     Ok(())
 }
@@ -141,7 +162,11 @@ fn add_options(socket: &Socket, family: IpAddr) -> Result<()> {
             value.len() as libc::socklen_t,
         )
     };
-    ensure!(result == 0, "setsockopt: {}", std::io::Error::last_os_error());
+    ensure!(
+        result == 0,
+        "setsockopt: {}",
+        std::io::Error::last_os_error()
+    );
     Ok(())
 }
 
@@ -149,6 +174,10 @@ fn add_options(socket: &Socket, family: IpAddr) -> Result<()> {
 fn nothing_reached(topology: &Topology) -> Result<()> {
     std::thread::sleep(QUIET / 2);
     let answered = topology.count(Counter::UnknownSender)?;
-    ensure!(answered == 0, "the application answered: {:?}", topology.nonzero()?);
+    ensure!(
+        answered == 0,
+        "the application answered: {:?}",
+        topology.nonzero()?
+    );
     Ok(())
 }

@@ -17,12 +17,21 @@ use crate::{
 };
 
 pub const TESTS: &[Test] = &[
-    ("the_next_agent_of_the_same_build_finds_everything_in_place", adoption),
-    ("another_build_replaces_every_program_in_one_step", replacement),
+    (
+        "the_next_agent_of_the_same_build_finds_everything_in_place",
+        adoption,
+    ),
+    (
+        "another_build_replaces_every_program_in_one_step",
+        replacement,
+    ),
     ("what_somebody_took_off_is_noticed_and_put_back", repair),
     ("tcx_and_clsact_never_stand_together", change_of_way),
     ("leaving_removes_every_trace", removal),
-    ("two_agents_on_one_kernel_do_not_touch_each_other", two_agents),
+    (
+        "two_agents_on_one_kernel_do_not_touch_each_other",
+        two_agents,
+    ),
     ("a_second_interface_is_captured_too", second_interface),
 ];
 
@@ -37,7 +46,14 @@ fn adoption(setup: &Setup) -> Result<()> {
     ensure!(topology.loader.pod_config(SLOT)? == config);
     ensure!(topology.loader.host_sockets_attached()?);
     let hooks = hooks(&topology)?;
-    ensure!(hooks == PodHooks { faults: vec![], same_build: true }, "{hooks:?}");
+    ensure!(
+        hooks
+            == PodHooks {
+                faults: vec![],
+                same_build: true
+            },
+        "{hooks:?}"
+    );
     for family in FAMILIES {
         let _app = dial(&topology.pod, SocketAddr::new(family.client, 80))?;
         accept(&listeners.outbound[family.index as usize])?;
@@ -61,11 +77,21 @@ fn replacement(setup: &Setup) -> Result<()> {
         ..topology.setup_settings.clone()
     };
     topology.loader = Loader::new(other)?;
-    ensure!(!hooks(&topology)?.same_build, "it passes for the same build");
+    ensure!(
+        !hooks(&topology)?.same_build,
+        "it passes for the same build"
+    );
     topology.attach()?;
     topology.loader.attach_host_sockets()?;
     let after = hooks(&topology)?;
-    ensure!(after == PodHooks { faults: vec![], same_build: true }, "{after:?}");
+    ensure!(
+        after
+            == PodHooks {
+                faults: vec![],
+                same_build: true
+            },
+        "{after:?}"
+    );
     ensure!(topology.loader.host_sockets_attached()?);
     // The open connection did not notice.
     app.write_all(b"still")?;
@@ -89,11 +115,18 @@ fn repair(setup: &Setup) -> Result<()> {
         topology.pod.run("tc filter del dev eth0 egress")?;
         std::fs::remove_file(topology.bpf_dir.join(format!("v1/pods/{SLOT}/steer")))?;
     }
-    let missing = |hook: &str| HookFault { hook: hook.to_owned(), found: 0 };
+    let missing = |hook: &str| HookFault {
+        hook: hook.to_owned(),
+        found: 0,
+    };
     // A link whose pin is gone goes a moment later.
     await_faults(&topology, &[missing("steer"), missing("egress of eth0")])?;
     topology.attach()?;
-    ensure!(self::hooks(&topology)?.faults.is_empty(), "{:?}", self::hooks(&topology)?);
+    ensure!(
+        self::hooks(&topology)?.faults.is_empty(),
+        "{:?}",
+        self::hooks(&topology)?
+    );
     let _app = dial(&topology.pod, SocketAddr::new(FAMILIES[0].client, 80))?;
     accept(&listeners.outbound[0])?;
     Ok(())
@@ -103,24 +136,40 @@ fn change_of_way(setup: &Setup) -> Result<()> {
     let (mut topology, listeners) = Topology::with_listeners(setup)?;
     let was_tcx = topology.loader.uses_tcx();
     for force_clsact in [!setup.force_clsact, setup.force_clsact] {
-        let settings = LoaderSettings { force_clsact, ..topology.setup_settings.clone() };
+        let settings = LoaderSettings {
+            force_clsact,
+            ..topology.setup_settings.clone()
+        };
         topology.loader = Loader::new(settings)?;
         topology.attach()?;
-        ensure!(hooks(&topology)?.faults.is_empty(), "{:?}", hooks(&topology)?);
+        ensure!(
+            hooks(&topology)?.faults.is_empty(),
+            "{:?}",
+            hooks(&topology)?
+        );
         let _app = dial(&topology.pod, SocketAddr::new(FAMILIES[0].client, 80))?;
         accept(&listeners.outbound[0])?;
     }
     ensure!(topology.loader.uses_tcx() == was_tcx);
-    ensure!(topology.count(Counter::CapturedOutbound)? == 2, "{:?}", topology.nonzero()?);
+    ensure!(
+        topology.count(Counter::CapturedOutbound)? == 2,
+        "{:?}",
+        topology.nonzero()?
+    );
     Ok(())
 }
 
 fn removal(setup: &Setup) -> Result<()> {
     let (topology, _listeners) = Topology::with_listeners(setup)?;
     topology.watch_probes()?;
-    topology.pod.enter(|| Ok(topology.loader.detach(SLOT, &topology.interfaces)?))?;
+    topology
+        .pod
+        .enter(|| Ok(topology.loader.detach(SLOT, &topology.interfaces)?))?;
     let hooks = hooks(&topology)?;
-    ensure!(hooks.faults.len() == 3 && hooks.faults.iter().all(|fault| fault.found == 0), "{hooks:?}");
+    ensure!(
+        hooks.faults.len() == 3 && hooks.faults.iter().all(|fault| fault.found == 0),
+        "{hooks:?}"
+    );
     topology.loader.clear_slot(SLOT)?;
     ensure!(topology.loader.local()?.is_empty());
     ensure!(topology.loader.pinned_slots()?.is_empty());
@@ -134,7 +183,11 @@ fn removal(setup: &Setup) -> Result<()> {
         accept(&app).context("inbound")?;
     }
     Loader::new(topology.setup_settings.clone())?.remove_everything()?;
-    ensure!(!topology.bpf_dir.exists(), "{} is still there", topology.bpf_dir.display());
+    ensure!(
+        !topology.bpf_dir.exists(),
+        "{} is still there",
+        topology.bpf_dir.display()
+    );
     Ok(())
 }
 
@@ -147,8 +200,13 @@ fn two_agents(setup: &Setup) -> Result<()> {
     let app = serve(&one.pod, SocketAddr::new(FAMILIES[0].pod, 80))?;
     let _probe = dial(&one.node, app.local_addr()?)?;
     accept(&app)?;
-    ensure!(other.loader.probes()?.is_empty(), "the other agent saw this one's probe");
-    other.pod.enter(|| Ok(other.loader.detach(SLOT, &other.interfaces)?))?;
+    ensure!(
+        other.loader.probes()?.is_empty(),
+        "the other agent saw this one's probe"
+    );
+    other
+        .pod
+        .enter(|| Ok(other.loader.detach(SLOT, &other.interfaces)?))?;
     Loader::new(other.setup_settings.clone())?.remove_everything()?;
     ensure!(one.loader.host_sockets_attached()?);
     ensure!(hooks(&one)?.faults.is_empty());
@@ -164,14 +222,24 @@ fn second_interface(setup: &Setup) -> Result<()> {
          ip link set far up
          ip neigh add 10.79.0.2 lladdr 02:00:00:00:09:09 dev net.1",
     )?;
-    let index = topology.pod.enter(|| Ok(nix::net::if_::if_nametoindex("net.1")?))?;
+    let index = topology
+        .pod
+        .enter(|| Ok(nix::net::if_::if_nametoindex("net.1")?))?;
     let mut interface = topology.interfaces[0].clone();
     interface.name = "net.1".to_owned();
     interface.index = index;
     topology.interfaces.push(interface);
-    ensure!(hooks(&topology)?.faults.len() == 2, "{:?}", hooks(&topology)?);
+    ensure!(
+        hooks(&topology)?.faults.len() == 2,
+        "{:?}",
+        hooks(&topology)?
+    );
     topology.attach()?;
-    ensure!(hooks(&topology)?.faults.is_empty(), "{:?}", hooks(&topology)?);
+    ensure!(
+        hooks(&topology)?.faults.is_empty(),
+        "{:?}",
+        hooks(&topology)?
+    );
     let _app = dial(&topology.pod, SocketAddr::from(([10, 79, 0, 2], 80)))?;
     accept(&listeners.outbound[0])?;
     Ok(())
@@ -191,6 +259,8 @@ fn await_faults(topology: &Topology, faults: &[HookFault]) -> Result<()> {
 
 fn hooks(topology: &Topology) -> Result<PodHooks> {
     topology.pod.enter(|| {
-        Ok(topology.loader.hooks(SLOT, &topology.interfaces, topology.pod.fd().as_fd())?)
+        Ok(topology
+            .loader
+            .hooks(SLOT, &topology.interfaces, topology.pod.fd().as_fd())?)
     })
 }

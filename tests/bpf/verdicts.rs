@@ -25,7 +25,10 @@ use crate::{
 
 pub const TESTS: &[Test] = &[
     ("egress_takes_a_syn_with_mark_and_address", egress_takes),
-    ("egress_passes_what_is_not_tcp_and_what_is_excepted", egress_passes),
+    (
+        "egress_passes_what_is_not_tcp_and_what_is_excepted",
+        egress_passes,
+    ),
     ("egress_refuses_with_a_number", egress_refuses),
     ("ingress_takes_a_syn_with_address_alone", ingress_takes),
     ("ingress_refuses_with_a_number", ingress_refuses),
@@ -45,18 +48,31 @@ fn egress_takes(setup: &Setup) -> Result<()> {
             ensure!(ran.verdict == REDIRECT, "{ran:?}");
             ensure!(ran.mark == CAPTURE_MARK, "{ran:?}");
             ensure!(ran.frame[..6] == MESH0_MAC, "{ran:?}");
-            ensure!(ran.frame[6..] == frame.bytes()[6..], "more than the address was rewritten");
+            ensure!(
+                ran.frame[6..] == frame.bytes()[6..],
+                "more than the address was rewritten"
+            );
         }
     }
-    ensure!(topology.count(Counter::CapturedOutbound)? == 4, "{:?}", topology.nonzero()?);
+    ensure!(
+        topology.count(Counter::CapturedOutbound)? == 4,
+        "{:?}",
+        topology.nonzero()?
+    );
     Ok(())
 }
 
 fn egress_passes(setup: &Setup) -> Result<()> {
     let (topology, _listeners) = Topology::with_listeners(setup)?;
     let mut config = active();
-    config.skip_outbound[15] = PortRange { first: 443, last: 443 };
-    config.skip_inbound[0] = PortRange { first: 9000, last: 9001 };
+    config.skip_outbound[15] = PortRange {
+        first: 443,
+        last: 443,
+    };
+    config.skip_inbound[0] = PortRange {
+        first: 9000,
+        last: 9001,
+    };
     topology.loader.set_pod_config(SLOT, &config)?;
     for family in FAMILIES {
         let (pod, client) = (family.pod, family.client);
@@ -72,11 +88,30 @@ fn egress_passes(setup: &Setup) -> Result<()> {
         for (what, frame) in [
             ("UDP", udp),
             ("ARP", arp),
-            ("skipped", Frame::bare(at(pod, 40_000), at(client, 443), SYN).bytes()),
-            ("skipped data", Frame::bare(at(pod, 40_000), at(client, 443), ACK).payload(b"x").bytes()),
-            ("skipped reply", Frame::bare(at(pod, 9001), at(client, 5), ACK).payload(b"x").bytes()),
-            ("link-local", Frame::bare(at(pod, 40_000), at(link_local, 80), SYN).bytes()),
-            ("the kernel's RST", Frame::bare(at(pod, 81), at(client, 40_000), RST | ACK).bytes()),
+            (
+                "skipped",
+                Frame::bare(at(pod, 40_000), at(client, 443), SYN).bytes(),
+            ),
+            (
+                "skipped data",
+                Frame::bare(at(pod, 40_000), at(client, 443), ACK)
+                    .payload(b"x")
+                    .bytes(),
+            ),
+            (
+                "skipped reply",
+                Frame::bare(at(pod, 9001), at(client, 5), ACK)
+                    .payload(b"x")
+                    .bytes(),
+            ),
+            (
+                "link-local",
+                Frame::bare(at(pod, 40_000), at(link_local, 80), SYN).bytes(),
+            ),
+            (
+                "the kernel's RST",
+                Frame::bare(at(pod, 81), at(client, 40_000), RST | ACK).bytes(),
+            ),
         ] {
             let ran = run(&topology, "egress", &frame, 0)?;
             ensure!(ran.verdict == PASS && ran.frame == frame, "{what}: {ran:?}");
@@ -95,9 +130,19 @@ fn egress_refuses(setup: &Setup) -> Result<()> {
         let short = short_of_tcp(&syn);
         for (what, frame, mark, counter) in [
             ("no listener", syn.bytes(), 0, Counter::NoOutboundListener),
-            ("a forged mark", syn.bytes(), OUR_MARK, Counter::NoOutboundListener),
+            (
+                "a forged mark",
+                syn.bytes(),
+                OUR_MARK,
+                Counter::NoOutboundListener,
+            ),
             ("data of nobody", data.bytes(), 0, Counter::UnknownSender),
-            ("a tag", syn.clone().tagged(2).bytes(), 0, Counter::UnknownEthertype),
+            (
+                "a tag",
+                syn.clone().tagged(2).bytes(),
+                0,
+                Counter::UnknownEthertype,
+            ),
             ("a first fragment", first, 0, Counter::Fragment),
             ("a later fragment", later, 0, Counter::Fragment),
             ("a short header", short, 0, Counter::BadHeader),
@@ -107,11 +152,25 @@ fn egress_refuses(setup: &Setup) -> Result<()> {
     }
     let many = Frame::bare(at(FAMILIES[1].pod, 40_000), at(FAMILIES[1].client, 80), SYN);
     let many = many.extensions(9).bytes();
-    refused(&topology, "egress", "nine headers", &many, 0, Counter::TooManyExtensions)?;
+    refused(
+        &topology,
+        "egress",
+        "nine headers",
+        &many,
+        0,
+        Counter::TooManyExtensions,
+    )?;
     topology.loader.set_pod_config(SLOT, &PodConfig::EMPTY)?;
     for family in FAMILIES {
         let syn = Frame::bare(at(family.pod, 40_000), at(family.client, 80), SYN).bytes();
-        refused(&topology, "egress", "an empty slot", &syn, 0, Counter::Inactive)?;
+        refused(
+            &topology,
+            "egress",
+            "an empty slot",
+            &syn,
+            0,
+            Counter::Inactive,
+        )?;
     }
     Ok(())
 }
@@ -125,7 +184,10 @@ fn ingress_takes(setup: &Setup) -> Result<()> {
         ensure!(ran.verdict == REDIRECT, "{ran:?}");
         ensure!(ran.mark == 0, "inbound needs no mark: {ran:?}");
         ensure!(ran.frame[..6] == MESH1_MAC, "{ran:?}");
-        ensure!(ran.frame[6..] == syn.bytes()[6..], "more than the address was rewritten");
+        ensure!(
+            ran.frame[6..] == syn.bytes()[6..],
+            "more than the address was rewritten"
+        );
         // An ACK that nobody owns.
         let ack = Frame::bare(at(family.client, 40_000), app.local_addr()?, ACK);
         let ran = run(&topology, "ingress", &ack.bytes(), 0)?;
@@ -136,7 +198,11 @@ fn ingress_takes(setup: &Setup) -> Result<()> {
         let ran = run(&topology, "ingress", &flooded.bytes(), 0)?;
         ensure!(ran.verdict == PASS, "{ran:?}");
     }
-    ensure!(topology.count(Counter::CapturedInbound)? == 2, "{:?}", topology.nonzero()?);
+    ensure!(
+        topology.count(Counter::CapturedInbound)? == 2,
+        "{:?}",
+        topology.nonzero()?
+    );
     Ok(())
 }
 
@@ -148,10 +214,20 @@ fn ingress_refuses(setup: &Setup) -> Result<()> {
         let ack = Frame::bare(at(family.client, 40_000), app.local_addr()?, ACK);
         let [first, later] = ack.clone().payload(&[0; 30]).fragments(24);
         for (what, frame, mark, counter) in [
-            ("a foreign mark", syn.bytes(), CAPTURE_MARK, Counter::ForeignMark),
+            (
+                "a foreign mark",
+                syn.bytes(),
+                CAPTURE_MARK,
+                Counter::ForeignMark,
+            ),
             ("no listener", syn.bytes(), 0, Counter::NoInboundListener),
             ("nobody's ACK", ack.bytes(), 0, Counter::NoInboundListener),
-            ("two tags", syn.clone().tagged(2).bytes(), 0, Counter::UnknownEthertype),
+            (
+                "two tags",
+                syn.clone().tagged(2).bytes(),
+                0,
+                Counter::UnknownEthertype,
+            ),
             ("a first fragment", first, 0, Counter::Fragment),
             ("a later fragment", later, 0, Counter::Fragment),
             ("a short header", short_of_tcp(&syn), 0, Counter::BadHeader),
@@ -174,7 +250,10 @@ fn steer(setup: &Setup) -> Result<()> {
     let (topology, _listeners) = Topology::with_listeners(setup)?;
     for family in FAMILIES {
         let (verdict, cookie) = look_up(&topology, family.client, family.pod)?;
-        ensure!((verdict, cookie) == (SK_PASS, 0), "verdict {verdict}, socket {cookie}");
+        ensure!(
+            (verdict, cookie) == (SK_PASS, 0),
+            "verdict {verdict}, socket {cookie}"
+        );
     }
     ensure!(topology.nonzero()?.is_empty(), "{:?}", topology.nonzero()?);
     Ok(())
@@ -191,7 +270,9 @@ struct Ran {
 fn run(topology: &Topology, direction: &str, frame: &[u8], mark: u32) -> Result<Ran> {
     const CONTEXT: usize = 192;
     const MARK_AT: usize = 8;
-    let pin = topology.bpf_dir.join(format!("v1/pods/{SLOT}/program-{direction}-14"));
+    let pin = topology
+        .bpf_dir
+        .join(format!("v1/pods/{SLOT}/program-{direction}-14"));
     let program = SchedClassifier::from_pin(&pin).with_context(|| pin.display().to_string())?;
     let mut context = [0u8; CONTEXT];
     context[MARK_AT..MARK_AT + 4].copy_from_slice(&mark.to_ne_bytes());
@@ -207,7 +288,11 @@ fn run(topology: &Topology, direction: &str, frame: &[u8], mark: u32) -> Result<
     })?;
     frame_out.truncate(result.data_size_out as usize);
     let mark = [8, 9, 10, 11].map(|at| context_out[at]);
-    Ok(Ran { verdict: result.return_value, mark: u32::from_ne_bytes(mark), frame: frame_out })
+    Ok(Ran {
+        verdict: result.return_value,
+        mark: u32::from_ne_bytes(mark),
+        frame: frame_out,
+    })
 }
 
 fn refused(
@@ -222,7 +307,11 @@ fn refused(
     let ran = run(topology, direction, frame, mark)?;
     let counted = topology.count(counter)? - before;
     ensure!(ran.verdict == DROP, "{direction}, {what}: {ran:?}");
-    ensure!(counted == 1, "{direction}, {what}: {} counted {counted}", counter.name());
+    ensure!(
+        counted == 1,
+        "{direction}, {what}: {} counted {counted}",
+        counter.name()
+    );
     Ok(())
 }
 
@@ -274,7 +363,8 @@ fn look_up(topology: &Topology, from: IpAddr, to: IpAddr) -> Result<(u32, u64)> 
     };
     let words = |ip: std::net::Ipv6Addr| {
         let bytes = ip.octets();
-        [0, 4, 8, 12].map(|i| u32::from_ne_bytes([bytes[i], bytes[i + 1], bytes[i + 2], bytes[i + 3]]))
+        [0, 4, 8, 12]
+            .map(|i| u32::from_ne_bytes([bytes[i], bytes[i + 1], bytes[i + 2], bytes[i + 3]]))
     };
     match (from, to) {
         (IpAddr::V4(from), IpAddr::V4(to)) => {
@@ -289,8 +379,11 @@ fn look_up(topology: &Topology, from: IpAddr, to: IpAddr) -> Result<(u32, u64)> 
         }
         _mixed => anyhow::bail!("{from} and {to} are of two families"),
     }
-    let program =
-        SkLookup::from_pin(topology.bpf_dir.join(format!("v1/pods/{SLOT}/program-steer")))?;
+    let program = SkLookup::from_pin(
+        topology
+            .bpf_dir
+            .join(format!("v1/pods/{SLOT}/program-steer")),
+    )?;
     let mut attr = Attr {
         prog_fd: program.fd()?.as_fd().as_raw_fd().cast_unsigned(),
         ctx_size_in: size_of::<Context>() as u32,
@@ -302,9 +395,18 @@ fn look_up(topology: &Topology, from: IpAddr, to: IpAddr) -> Result<(u32, u64)> 
     topology.pod.enter(|| {
         // SAFETY: both contexts are as long as told and live until the call returns.
         let result = unsafe {
-            libc::syscall(libc::SYS_bpf, BPF_PROG_TEST_RUN, &raw mut attr, size_of::<Attr>())
+            libc::syscall(
+                libc::SYS_bpf,
+                BPF_PROG_TEST_RUN,
+                &raw mut attr,
+                size_of::<Attr>(),
+            )
         };
-        if result < 0 { Err(io::Error::last_os_error().into()) } else { Ok(()) }
+        if result < 0 {
+            Err(io::Error::last_os_error().into())
+        } else {
+            Ok(())
+        }
     })?;
     Ok((attr.retval, context.cookie))
 }
