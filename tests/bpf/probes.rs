@@ -19,7 +19,7 @@ use crate::{
     },
 };
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     (
         "a_socket_of_the_host_reaches_the_application",
         reaches_the_application,
