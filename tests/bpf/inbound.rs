@@ -213,6 +213,13 @@ fn time_wait(setup: &Setup) -> Result<()> {
             accept_within(&app, QUIET)?.is_none(),
             "a reused port reached the application"
         );
+        // Its answer would be stopped on the way out, but it must not even be asked.
+        let answered = topology.count(Counter::UnknownSender)?;
+        ensure!(
+            answered == 0,
+            "the application answered: {:?}",
+            topology.nonzero()?
+        );
     }
     Ok(())
 }
