@@ -12,6 +12,7 @@
 #![forbid(unsafe_code)]
 
 pub mod balance;
+mod endpoints;
 mod frontends;
 pub mod mesh;
 pub mod names;
