@@ -12,7 +12,7 @@
 #![forbid(unsafe_code)]
 
 pub mod balance;
-mod describe;
+mod endpoints;
 mod frontends;
 pub mod mesh;
 pub mod names;
@@ -21,7 +21,6 @@ pub mod policy;
 pub mod resolve;
 mod servers;
 
-pub use describe::PortWords;
 pub use mesh::{Mesh, MeshStore, Problem, Workload};
 pub use names::{Identity, ObjectKey, PodUid};
 
