@@ -161,7 +161,7 @@ async fn establish(
         match reach(thread, pod, &mesh, caller, report, &hop).await {
             Ok((far, hbone)) => {
                 report.record.dst_hbone_addr = hbone;
-                return Ok(begin(thread, caller, report, &destination, hop, far));
+                return Ok(begin(thread, &mesh, caller, report, &destination, hop, far));
             }
             Err(refusal) => {
                 let retry = matches!(destination, Destination::Service(_))
@@ -346,6 +346,7 @@ async fn reach(
 /// The far end stands: count and register.
 fn begin(
     thread: &Rc<Thread>,
+    mesh: &Mesh,
     caller: &Arc<Workload>,
     report: &Report,
     destination: &Destination,
@@ -411,7 +412,7 @@ fn begin(
             sent: 0,
             received: 0,
         },
-        conn: thread.conns.open(Some(caller.uid.clone()), callee),
+        conn: thread.register(mesh, Some(caller.uid.clone()), callee),
         _load: Load::new(thread, hop.endpoint.addr),
     }
 }

@@ -478,7 +478,7 @@ async fn establish(
             sent: 0,
             received: 0,
         },
-        conn: thread.conns.open(None, Some(guarded)),
+        conn: thread.register(&mesh, None, Some(guarded)),
     })
 }
 
