@@ -147,7 +147,7 @@ async fn establish(
         let hop = match decide(thread, caller, peer, &destination, &tried) {
             Ok(hop) => hop,
             Err(refused) => {
-                if let Some((endpoint, denied)) = refused.denied {
+                if let Some((endpoint, denied)) = refused.denied.map(|denied| *denied) {
                     let info = inbound_info(caller, &endpoint, target, None, denied.server.clone());
                     if let Some(info) = info {
                         thread.recorder.authz(&info, false);
@@ -191,7 +191,7 @@ async fn establish(
 struct Refused {
     refusal: Refusal,
     /// Policy of a pod of this node said so.
-    denied: Option<(Endpoint, authz::Denied)>,
+    denied: Option<Box<(Endpoint, authz::Denied)>>,
 }
 
 impl From<Refusal> for Refused {
@@ -247,7 +247,7 @@ fn decide(
                     );
                     return Err(Refused {
                         refusal: Refusal::new(denied.reason, detail),
-                        denied: Some((endpoint, denied)),
+                        denied: Some(Box::new((endpoint, denied))),
                     });
                 }
             }
