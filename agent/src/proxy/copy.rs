@@ -47,6 +47,9 @@ const SLICES: usize = 16;
 /// Bytes sent into a tunnel before asking again whether its window still has room.
 const UNASKED: usize = 64 * 1024;
 
+// A connection's task is little more than its pump: hold the bound.
+const _: () = assert!(size_of::<SocketPump>() <= 384 && size_of::<StreamPump>() <= 512);
+
 /// How a pump ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum End {
