@@ -44,7 +44,7 @@ fn a_changed_policy_closes_what_it_forbids() {
         // Strict: the two authenticated ones go on, the plain one ends.
         world.set_default(DefaultPolicy::AllAuthenticated);
         world.publish().await;
-        let (mut plain, _) = open.pop().unwrap();
+        let (mut plain, _server) = open.pop().unwrap();
         expect_reset(&mut plain, Duration::from_secs(1)).await;
         for (client, server) in &mut open {
             client.write_all(b"?").await.unwrap();
