@@ -106,10 +106,7 @@ const NEEDS: &[Need] = &[
     package(
         Purpose::Ebpf,
         "libstd-rust-web-dev-bpf",
-        Sign::FileIn(
-            "/usr/lib/rustlib/bpfel-unknown-none/lib",
-            "libcore-",
-        ),
+        Sign::FileIn("/usr/lib/rustlib/bpfel-unknown-none/lib", "libcore-"),
         "core, compiled for BPF",
     ),
     package(
@@ -201,12 +198,7 @@ const NEEDS: &[Need] = &[
     },
 ];
 
-const fn package(
-    purpose: Purpose,
-    name: &'static str,
-    sign: Sign,
-    why: &'static str,
-) -> Need {
+const fn package(purpose: Purpose, name: &'static str, sign: Sign, why: &'static str) -> Need {
     Need {
         purpose,
         source: Source::Package(name, sign),

@@ -45,6 +45,10 @@ impl Converter {
         }
     }
 
+    pub fn cluster(&self) -> &str {
+        &self.cluster
+    }
+
     pub fn node(&self, node: core::Node) -> Result<Node, FieldError> {
         let key = self.cluster_key(&node.metadata)?;
         let addresses = node
