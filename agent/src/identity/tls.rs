@@ -16,19 +16,20 @@
 //!
 //! **No resumption.** A resumed session skips both certificates, so it would outlive an identity,
 //! an expiry and a bundle. Tunnels are few and live long, so the cost is small: one ECDSA
-//! signature and two verifications per side and tunnel, well under a millisecond on a PC and a few
-//! milliseconds on a Raspberry Pi, and never per connection of an application.
+//! signature and two verifications per side and tunnel, and never per connection of an application.
 //!
 //! **Ciphers.** AES-GCM first where the CPU has AES instructions, ChaCha20 first where not. A
 //! server without them insists on its order, a server with them follows the client's: so the
 //! weaker end of each pair decides.
 
-use std::{fmt, io, sync::Arc};
+mod reason;
+
+use std::{fmt, sync::Arc};
 
 use arc_swap::ArcSwap;
 use rustls::{
-    AlertDescription, CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName,
-    Error, OtherError, RootCertStore, ServerConfig, SignatureScheme,
+    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, OtherError,
+    RootCertStore, ServerConfig, SignatureScheme,
     client::{
         ResolvesClientCert, Resumption,
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
@@ -51,6 +52,8 @@ use super::{
     clock::{Clock, RustlsClock, unix_time},
     spiffe::{NotAWorkload, parse_spiffe_id},
 };
+
+pub use reason::{handshake_reason, tls_reason};
 
 /// The one protocol spoken inside.
 const ALPN: &[u8] = b"h2";
@@ -124,91 +127,6 @@ pub fn peer_identity(leaf: &CertificateDer<'_>) -> Result<Identity, PeerError> {
         (Some(uri), 0) => Ok(parse_spiffe_id(uri)?),
         (Some(_), more) => Err(PeerError::NotOneUri(more + 1)),
         (None, _) => Err(PeerError::NotOneUri(0)),
-    }
-}
-
-/// The fixed word for a failed handshake, for metrics and logs.
-pub fn handshake_reason(error: &io::Error) -> &'static str {
-    if let Some(error) = error.get_ref().and_then(|inner| inner.downcast_ref()) {
-        return tls_reason(error);
-    }
-    // `ErrorKind` is open; the rest is "io".
-    #[expect(
-        clippy::wildcard_enum_match_arm,
-        reason = "std may add kinds at any time"
-    )]
-    match error.kind() {
-        io::ErrorKind::UnexpectedEof | io::ErrorKind::BrokenPipe => "closed",
-        io::ErrorKind::ConnectionReset | io::ErrorKind::ConnectionAborted => "reset",
-        io::ErrorKind::ConnectionRefused => "connect_refused",
-        io::ErrorKind::TimedOut => "timeout",
-        _ => "io",
-    }
-}
-
-/// The fixed word for a TLS error; see [`handshake_reason`].
-#[expect(
-    clippy::wildcard_enum_match_arm,
-    reason = "rustls' enums are non-exhaustive; everything unnamed is one word"
-)]
-pub fn tls_reason(error: &Error) -> &'static str {
-    match error {
-        Error::InvalidCertificate(why) => certificate_reason(why),
-        Error::NoCertificatesPresented => "no_certificate",
-        Error::AlertReceived(alert) => match alert {
-            // What a peer of ours says when it has no certificate for the SNI.
-            AlertDescription::AccessDenied => "refused_access",
-            AlertDescription::CertificateExpired => "refused_expired",
-            AlertDescription::UnknownCA => "refused_foreign_ca",
-            AlertDescription::CertificateRequired => "refused_no_certificate",
-            _ => "refused_by_peer",
-        },
-        Error::PeerIncompatible(_) | Error::NoApplicationProtocol => "incompatible",
-        Error::PeerMisbehaved(_)
-        | Error::InappropriateMessage { .. }
-        | Error::InappropriateHandshakeMessage { .. }
-        | Error::DecryptError
-        | Error::PeerSentOversizedRecord => "misbehaved",
-        Error::InvalidMessage(_) => "not_tls",
-        // rustls has no variant of its own for "the resolver returned nothing"; a test holds this.
-        Error::General(text) if text == "no server certificate chain resolved" => {
-            "unknown_server_name"
-        }
-        _ => "tls",
-    }
-}
-
-#[expect(
-    clippy::wildcard_enum_match_arm,
-    reason = "rustls' enum is non-exhaustive; everything unnamed is one word"
-)]
-fn certificate_reason(why: &CertificateError) -> &'static str {
-    match why {
-        CertificateError::Expired | CertificateError::ExpiredContext { .. } => "expired",
-        CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
-            "not_yet_valid"
-        }
-        CertificateError::UnknownIssuer => "foreign_ca",
-        CertificateError::BadSignature => "bad_signature",
-        CertificateError::BadEncoding => "malformed_certificate",
-        CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. } => {
-            "wrong_purpose"
-        }
-        CertificateError::Other(OtherError(inner)) => {
-            inner.downcast_ref().map_or("bad_certificate", peer_reason)
-        }
-        _ => "bad_certificate",
-    }
-}
-
-fn peer_reason(why: &PeerError) -> &'static str {
-    match why {
-        PeerError::NoCertificate => "no_certificate",
-        PeerError::Malformed(_) => "malformed_certificate",
-        PeerError::NotOneUri(_) => "not_one_uri",
-        PeerError::NotAWorkload(_) => "not_a_workload",
-        PeerError::WrongIdentity { .. } => "wrong_identity",
-        PeerError::WrongTrustDomain { .. } => "wrong_trust_domain",
     }
 }
 

@@ -1,6 +1,9 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::time::{Duration, SystemTime};
+use std::{
+    io,
+    time::{Duration, SystemTime},
+};
 
 use rcgen::{CertificateParams, ExtendedKeyUsagePurpose, IsCa};
 use rustls::{HandshakeKind, ProtocolVersion};
@@ -174,14 +177,21 @@ async fn a_peer_whose_clock_is_almost_an_hour_behind_accepts_a_fresh_certificate
 #[tokio::test]
 async fn nothing_is_resumed_so_every_connection_shows_certificates() {
     let world = World::new();
-    let client = Arc::new(world.tls.client(identity("bob"), world.alice()).unwrap());
     let server = Arc::new(world.tls.server(Arc::new(Fixed(world.bob()))).unwrap());
-    for _ in 0..3 {
-        let name = server_name(&identity("bob"));
-        let (called, answered) = shake(client.clone(), server.clone(), name).await;
-        let kind = called.unwrap().get_ref().1.handshake_kind();
-        assert_eq!(kind, Some(HandshakeKind::Full));
-        seen(answered.unwrap().get_ref().1);
+    let ours = world.tls.client(identity("bob"), world.alice()).unwrap();
+    // Somebody else's client would like to; the server does not play along.
+    let mut eager = ours.clone();
+    eager.resumption = Resumption::default();
+    for client in [Arc::new(ours), Arc::new(eager)] {
+        for _ in 0..3 {
+            let name = server_name(&identity("bob"));
+            let (called, answered) = shake(client.clone(), server.clone(), name).await;
+            let called = called.unwrap();
+            let kind = called.get_ref().1.handshake_kind();
+            assert_eq!(kind, Some(HandshakeKind::Full));
+            assert_eq!(called.get_ref().1.tls13_tickets_received(), 0);
+            seen(answered.unwrap().get_ref().1);
+        }
     }
 }
 
