@@ -56,7 +56,11 @@ impl Frame {
 
     /// As it is before the device has an address: for BPF_PROG_TEST_RUN, which runs on lo.
     pub fn bare(source: SocketAddr, destination: SocketAddr, flags: u8) -> Self {
-        Self { to_mac: [0; 6], from_mac: [0; 6], ..Self::to_pod(source, destination, flags) }
+        Self {
+            to_mac: [0; 6],
+            from_mac: [0; 6],
+            ..Self::to_pod(source, destination, flags)
+        }
     }
 
     pub fn payload(mut self, payload: &[u8]) -> Self {
@@ -85,7 +89,14 @@ impl Frame {
         let tcp = self.tcp();
         match (self.source.ip(), self.destination.ip()) {
             (IpAddr::V4(source), IpAddr::V4(destination)) => {
-                let mut ip = v4_header(source.octets(), destination.octets(), 6, 0, self.options, tcp.len());
+                let mut ip = v4_header(
+                    source.octets(),
+                    destination.octets(),
+                    6,
+                    0,
+                    self.options,
+                    tcp.len(),
+                );
                 ip.extend(tcp);
                 self.framed(0x0800, &ip)
             }
@@ -112,21 +123,29 @@ impl Frame {
         match (self.source.ip(), self.destination.ip()) {
             (IpAddr::V4(source), IpAddr::V4(destination)) => {
                 [(0x2000, head), ((first / 8) as u16, tail)].map(|(place, part)| {
-                    let mut ip =
-                        v4_header(source.octets(), destination.octets(), 6, place, 0, part.len());
+                    let mut ip = v4_header(
+                        source.octets(),
+                        destination.octets(),
+                        6,
+                        place,
+                        0,
+                        part.len(),
+                    );
                     ip.extend(part);
                     self.framed(0x0800, &ip)
                 })
             }
-            (IpAddr::V6(source), IpAddr::V6(destination)) => {
-                [(1u16, head), (first as u16, tail)].map(|(place, part)| {
+            (IpAddr::V6(source), IpAddr::V6(destination)) => [(1u16, head), (first as u16, tail)]
+                .map(|(place, part)| {
                     let mut body = vec![6, 0];
                     body.extend(place.to_be_bytes());
                     body.extend([0, 0, 0, 7]);
                     body.extend(part);
-                    self.framed(0x86dd, &v6_header(source.octets(), destination.octets(), 44, &body))
-                })
-            }
+                    self.framed(
+                        0x86dd,
+                        &v6_header(source.octets(), destination.octets(), 44, &body),
+                    )
+                }),
             _mixed => [Vec::new(), Vec::new()],
         }
     }
@@ -201,7 +220,10 @@ fn v6_header(source: [u8; 16], destination: [u8; 16], next: u8, body: &[u8]) -> 
 fn checksum(bytes: &[u8]) -> u16 {
     let mut sum = 0u32;
     for pair in bytes.chunks(2) {
-        sum += u32::from(u16::from_be_bytes([pair[0], pair.get(1).copied().unwrap_or(0)]));
+        sum += u32::from(u16::from_be_bytes([
+            pair[0],
+            pair.get(1).copied().unwrap_or(0),
+        ]));
     }
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);
@@ -252,9 +274,12 @@ impl Wire {
 
     pub fn send(&self, frame: &[u8]) -> Result<()> {
         // SAFETY: the buffer is as long as told.
-        let sent =
-            unsafe { libc::send(self.0.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0) };
-        if sent < 0 { Err(io::Error::last_os_error().into()) } else { Ok(()) }
+        let sent = unsafe { libc::send(self.0.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0) };
+        if sent < 0 {
+            Err(io::Error::last_os_error().into())
+        } else {
+            Ok(())
+        }
     }
 
     /// The first frame within `patience` that `wanted` likes.
@@ -264,7 +289,12 @@ impl Wire {
         loop {
             // SAFETY: the buffer is as long as told.
             let got = unsafe {
-                libc::recv(self.0.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), 0)
+                libc::recv(
+                    self.0.as_raw_fd(),
+                    buffer.as_mut_ptr().cast(),
+                    buffer.len(),
+                    0,
+                )
             };
             match usize::try_from(got) {
                 Ok(length) if wanted(&buffer[..length]) => return Some(buffer[..length].to_vec()),
@@ -277,7 +307,10 @@ impl Wire {
 
     /// Does anything with these bytes in it come by?
     pub fn carries(&self, patience: Duration, marker: &[u8]) -> bool {
-        self.find(patience, |frame| frame.windows(marker.len()).any(|part| part == marker)).is_some()
+        self.find(patience, |frame| {
+            frame.windows(marker.len()).any(|part| part == marker)
+        })
+        .is_some()
     }
 }
 

@@ -24,19 +24,37 @@ use crate::{
 };
 
 pub const TESTS: &[Test] = &[
-    ("a_client_lands_on_the_listener_not_on_the_application", lands_on_the_listener),
+    (
+        "a_client_lands_on_the_listener_not_on_the_application",
+        lands_on_the_listener,
+    ),
     ("the_application_sees_the_clients_address", clients_address),
-    ("a_port_nobody_listens_on_is_refused_by_the_kernel", natural_refusal),
-    ("without_a_listener_the_syn_waits_and_is_not_refused", without_a_listener),
+    (
+        "a_port_nobody_listens_on_is_refused_by_the_kernel",
+        natural_refusal,
+    ),
+    (
+        "without_a_listener_the_syn_waits_and_is_not_refused",
+        without_a_listener,
+    ),
     ("fail_open_reaches_the_application", fail_open),
     ("sk_lookup_without_a_listener_drops", steered_nowhere),
     ("a_reused_port_in_time_wait_goes_to_the_listener", time_wait),
     ("a_syn_cookies_ack_goes_to_the_listener", syn_cookie),
-    ("an_application_never_accepts_by_a_race_with_listen", request_race),
+    (
+        "an_application_never_accepts_by_a_race_with_listen",
+        request_race,
+    ),
     ("skipped_ports_reach_the_application", skipped_ports),
     ("a_connection_that_stood_before_goes_on", standing_goes_on),
-    ("an_unknown_connection_gets_nothing_in", unknown_gets_nothing),
-    ("an_accepted_connection_whose_proxy_died_never_sends_plain", never_plain),
+    (
+        "an_unknown_connection_gets_nothing_in",
+        unknown_gets_nothing,
+    ),
+    (
+        "an_accepted_connection_whose_proxy_died_never_sends_plain",
+        never_plain,
+    ),
 ];
 
 fn lands_on_the_listener(setup: &Setup) -> Result<()> {
@@ -45,7 +63,11 @@ fn lands_on_the_listener(setup: &Setup) -> Result<()> {
         let app = serve(&topology.pod, SocketAddr::new(family.pod, 80))?;
         let mut client = dial(&topology.client, app.local_addr()?)?;
         let (mut taken, peer) = accept(&listeners.inbound[family.index as usize])?;
-        ensure!(taken.local_addr()? == app.local_addr()?, "{:?}", taken.local_addr());
+        ensure!(
+            taken.local_addr()? == app.local_addr()?,
+            "{:?}",
+            taken.local_addr()
+        );
         ensure!(peer == client.local_addr()?, "{peer}");
         // More than a segment both ways, checksums by offload.
         let sent = vec![7u8; 300_000];
@@ -54,8 +76,13 @@ fn lands_on_the_listener(setup: &Setup) -> Result<()> {
         let mut got = Vec::new();
         taken.read_to_end(&mut got)?;
         ensure!(got == sent);
-        writer.join().map_err(|_panic| anyhow::anyhow!("the client panicked"))??;
-        ensure!(accept_within(&app, QUIET)?.is_none(), "the application got it as well");
+        writer
+            .join()
+            .map_err(|_panic| anyhow::anyhow!("the client panicked"))??;
+        ensure!(
+            accept_within(&app, QUIET)?.is_none(),
+            "the application got it as well"
+        );
     }
     Ok(())
 }
@@ -64,8 +91,8 @@ fn clients_address(setup: &Setup) -> Result<()> {
     let (topology, _listeners) = Topology::with_listeners(setup)?;
     for family in FAMILIES {
         let app = serve(&topology.pod, SocketAddr::new(family.pod, 80))?;
-        let mut ours =
-            topology.connect_as_client(SocketAddr::new(family.client, 20_000), app.local_addr()?)?;
+        let mut ours = topology
+            .connect_as_client(SocketAddr::new(family.client, 20_000), app.local_addr()?)?;
         let (mut served, peer) = accept(&app)?;
         ensure!(peer == SocketAddr::new(family.client, 20_000), "{peer}");
         let big = vec![9u8; 200_000];
@@ -75,7 +102,9 @@ fn clients_address(setup: &Setup) -> Result<()> {
         let mut got = Vec::new();
         ours.read_to_end(&mut got)?;
         ensure!(got == big, "{} bytes", got.len());
-        writer.join().map_err(|_panic| anyhow::anyhow!("the application panicked"))??;
+        writer
+            .join()
+            .map_err(|_panic| anyhow::anyhow!("the application panicked"))??;
     }
     Ok(())
 }
@@ -84,9 +113,17 @@ fn natural_refusal(setup: &Setup) -> Result<()> {
     let (topology, _listeners) = Topology::with_listeners(setup)?;
     for family in FAMILIES {
         let end = attempt(&topology.client, SocketAddr::new(family.pod, 81), SOON)?;
-        ensure!(end == Some(ErrorKind::ConnectionRefused), "{end:?}, {:?}", topology.nonzero()?);
+        ensure!(
+            end == Some(ErrorKind::ConnectionRefused),
+            "{end:?}, {:?}",
+            topology.nonzero()?
+        );
     }
-    ensure!(topology.count(Counter::RefusedByKernel)? >= 2, "{:?}", topology.nonzero()?);
+    ensure!(
+        topology.count(Counter::RefusedByKernel)? >= 2,
+        "{:?}",
+        topology.nonzero()?
+    );
     Ok(())
 }
 
@@ -96,15 +133,25 @@ fn without_a_listener(setup: &Setup) -> Result<()> {
         let app = serve(&topology.pod, SocketAddr::new(family.pod, 80))?;
         let end = attempt(&topology.client, app.local_addr()?, QUIET)?;
         ensure!(end == Some(ErrorKind::TimedOut), "{end:?}");
-        ensure!(accept_within(&app, QUIET)?.is_none(), "it reached the application");
+        ensure!(
+            accept_within(&app, QUIET)?.is_none(),
+            "it reached the application"
+        );
     }
-    ensure!(topology.count(Counter::NoInboundListener)? >= 2, "{:?}", topology.nonzero()?);
+    ensure!(
+        topology.count(Counter::NoInboundListener)? >= 2,
+        "{:?}",
+        topology.nonzero()?
+    );
     Ok(())
 }
 
 fn fail_open(setup: &Setup) -> Result<()> {
     let topology = Topology::new(setup)?;
-    let open = PodConfig { flags: PodConfig::ACTIVE | PodConfig::FAIL_OPEN, ..active() };
+    let open = PodConfig {
+        flags: PodConfig::ACTIVE | PodConfig::FAIL_OPEN,
+        ..active()
+    };
     topology.loader.set_pod_config(SLOT, &open)?;
     for family in FAMILIES {
         let app = serve(&topology.pod, SocketAddr::new(family.pod, 80))?;
@@ -124,8 +171,11 @@ fn steered_nowhere(setup: &Setup) -> Result<()> {
     for family in FAMILIES {
         let app = serve(&topology.pod, SocketAddr::new(family.pod, 80))?;
         let before = topology.count(Counter::SteeredNowhere)?;
-        let mut syn =
-            Frame::to_pod(SocketAddr::new(family.client, 40_000), app.local_addr()?, SYN);
+        let mut syn = Frame::to_pod(
+            SocketAddr::new(family.client, 40_000),
+            app.local_addr()?,
+            SYN,
+        );
         syn.to_mac = MESH1_MAC;
         let mesh0 = Wire::open(&topology.pod, "mesh0")?;
         // An application's answer would leave by eth0, where it shows as an unknown sender.
@@ -133,7 +183,11 @@ fn steered_nowhere(setup: &Setup) -> Result<()> {
         topology.await_count(Counter::SteeredNowhere, before)?;
         std::thread::sleep(QUIET);
         let answered = topology.count(Counter::UnknownSender)?;
-        ensure!(answered == 0, "the application answered: {:?}", topology.nonzero()?);
+        ensure!(
+            answered == 0,
+            "the application answered: {:?}",
+            topology.nonzero()?
+        );
     }
     Ok(())
 }
@@ -155,7 +209,10 @@ fn time_wait(setup: &Setup) -> Result<()> {
             drop(client);
             std::thread::sleep(QUIET / 4);
         }
-        ensure!(accept_within(&app, QUIET)?.is_none(), "a reused port reached the application");
+        ensure!(
+            accept_within(&app, QUIET)?.is_none(),
+            "a reused port reached the application"
+        );
     }
     Ok(())
 }
@@ -164,7 +221,9 @@ fn time_wait(setup: &Setup) -> Result<()> {
 fn syn_cookie(setup: &Setup) -> Result<()> {
     for family in FAMILIES {
         let topology = Topology::unattached(setup)?;
-        topology.pod.enter(|| Ok(fs::write("/proc/sys/net/ipv4/tcp_syncookies", "2")?))?;
+        topology
+            .pod
+            .enter(|| Ok(fs::write("/proc/sys/net/ipv4/tcp_syncookies", "2")?))?;
         let app = serve(&topology.pod, SocketAddr::new(family.pod, 80))?;
         // The application's listener has seen a flood of its own, so it takes cookies.
         let _before = dial(&topology.client, app.local_addr()?)?;
@@ -199,7 +258,12 @@ fn request_race(setup: &Setup) -> Result<()> {
             .find(SOON, |frame| tcp_of(frame) == Some((80, 42_000, SYN | ACK)))
             .context("the application's listener did not answer")?;
         let at = if family.pod.is_ipv4() { 34 } else { 54 };
-        let sequence = u32::from_be_bytes([answer[at + 4], answer[at + 5], answer[at + 6], answer[at + 7]]);
+        let sequence = u32::from_be_bytes([
+            answer[at + 4],
+            answer[at + 5],
+            answer[at + 6],
+            answer[at + 7],
+        ]);
 
         topology.loader.set_pod_config(SLOT, &active())?;
         topology.attach()?;
@@ -208,7 +272,10 @@ fn request_race(setup: &Setup) -> Result<()> {
         ack.sequence = 1001;
         ack.acknowledged = sequence.wrapping_add(1);
         wire.send(&ack.bytes())?;
-        ensure!(accept_within(&app, QUIET)?.is_none(), "the application accepted it");
+        ensure!(
+            accept_within(&app, QUIET)?.is_none(),
+            "the application accepted it"
+        );
         topology.await_count(Counter::NotStanding, 0)?;
         // Its SYN-ACK comes again after a second, and goes nowhere.
         topology.await_count(Counter::UnknownSender, 0)?;
@@ -224,7 +291,10 @@ fn blackhole(topology: &Topology) -> Result<()> {
 fn skipped_ports(setup: &Setup) -> Result<()> {
     let (topology, _listeners) = Topology::with_listeners(setup)?;
     let mut config = active();
-    config.skip_inbound[0] = PortRange { first: 80, last: 80 };
+    config.skip_inbound[0] = PortRange {
+        first: 80,
+        last: 80,
+    };
     topology.loader.set_pod_config(SLOT, &config)?;
     for family in FAMILIES {
         let app = serve(&topology.pod, SocketAddr::new(family.pod, 80))?;
@@ -241,7 +311,10 @@ fn standing_goes_on(setup: &Setup) -> Result<()> {
         let app = serve(&topology.pod, SocketAddr::new(family.pod, 80))?;
         let mut client = dial(&topology.client, app.local_addr()?)?;
         let (mut served, peer) = accept(&app)?;
-        let key = StandingKey { slot: SLOT, tuple: Tuple::new(served.local_addr()?, peer) };
+        let key = StandingKey {
+            slot: SLOT,
+            tuple: Tuple::new(served.local_addr()?, peer),
+        };
         topology.loader.insert_standing(&key)?;
         topology.loader.set_pod_config(SLOT, &active())?;
         topology.attach()?;
@@ -249,7 +322,9 @@ fn standing_goes_on(setup: &Setup) -> Result<()> {
         ensure!(topology.loader.standing()? == [key]);
         topology.loader.clear_slot(SLOT)?;
         ensure!(topology.loader.standing()?.is_empty());
-        topology.pod.enter(|| Ok(topology.loader.detach(SLOT, &topology.interfaces)?))?;
+        topology
+            .pod
+            .enter(|| Ok(topology.loader.detach(SLOT, &topology.interfaces)?))?;
     }
     Ok(())
 }
@@ -268,7 +343,9 @@ fn unknown_gets_nothing(setup: &Setup) -> Result<()> {
         let got = served.read(&mut [0; 64]);
         ensure!(got.is_err(), "the application read {got:?} bytes");
         topology.await_count(Counter::NotStanding, before)?;
-        topology.pod.enter(|| Ok(topology.loader.detach(SLOT, &topology.interfaces)?))?;
+        topology
+            .pod
+            .enter(|| Ok(topology.loader.detach(SLOT, &topology.interfaces)?))?;
     }
     Ok(())
 }
@@ -278,8 +355,8 @@ fn never_plain(setup: &Setup) -> Result<()> {
     for family in FAMILIES {
         let (topology, listeners) = Topology::with_listeners(setup)?;
         let app = serve(&topology.pod, SocketAddr::new(family.pod, 80))?;
-        let mut ours =
-            topology.connect_as_client(SocketAddr::new(family.client, 20_001), app.local_addr()?)?;
+        let mut ours = topology
+            .connect_as_client(SocketAddr::new(family.client, 20_001), app.local_addr()?)?;
         let (mut served, _peer) = accept(&app)?;
         exchange(&mut ours, &mut served)?;
         let storage = topology.loader.storage(served.as_fd())?;
@@ -288,7 +365,10 @@ fn never_plain(setup: &Setup) -> Result<()> {
         vanish(ours)?;
         drop(listeners);
         served.write_all(b"marker-of-the-answer")?;
-        ensure!(!wire.carries(QUIET, b"marker-of-the-answer"), "plain bytes left the pod");
+        ensure!(
+            !wire.carries(QUIET, b"marker-of-the-answer"),
+            "plain bytes left the pod"
+        );
         topology.await_count(Counter::OrphanedTaken, 0)?;
     }
     Ok(())

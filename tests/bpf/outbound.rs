@@ -23,21 +23,39 @@ use crate::{
 };
 
 pub const TESTS: &[Test] = &[
-    ("a_connection_lands_on_the_listener_and_names_where_it_went", lands_on_the_listener),
-    ("bytes_and_both_ends_of_the_stream_survive_the_capture", bytes_survive),
-    ("without_a_listener_the_syn_waits_and_is_not_refused", without_a_listener),
-    ("fail_open_passes_when_it_is_chosen_and_nothing_stands", fail_open),
+    (
+        "a_connection_lands_on_the_listener_and_names_where_it_went",
+        lands_on_the_listener,
+    ),
+    (
+        "bytes_and_both_ends_of_the_stream_survive_the_capture",
+        bytes_survive,
+    ),
+    (
+        "without_a_listener_the_syn_waits_and_is_not_refused",
+        without_a_listener,
+    ),
+    (
+        "fail_open_passes_when_it_is_chosen_and_nothing_stands",
+        fail_open,
+    ),
     ("skipped_ports_are_never_captured", skipped_ports),
     ("a_mark_without_our_storage_is_no_pass", forged_mark),
     ("the_capture_mark_leads_nowhere", forged_capture_mark),
-    ("a_taken_connection_whose_proxy_died_never_sends_plain", never_plain),
+    (
+        "a_taken_connection_whose_proxy_died_never_sends_plain",
+        never_plain,
+    ),
     ("with_a_listener_back_the_orphan_is_reset", orphan_is_reset),
     ("a_connection_that_stood_before_goes_on", standing_goes_on),
     ("an_unknown_connection_is_dropped", unknown_is_dropped),
     ("leaving_captures_nothing_new_and_lets_ours_finish", leaving),
     ("our_own_sockets_go_out_plainly", ours_go_out),
     ("a_slot_without_configuration_lets_no_tcp_through", inactive),
-    ("an_ipv4_connection_of_an_ipv6_socket_is_captured_as_ipv4", mapped),
+    (
+        "an_ipv4_connection_of_an_ipv6_socket_is_captured_as_ipv4",
+        mapped,
+    ),
 ];
 
 fn lands_on_the_listener(setup: &Setup) -> Result<()> {
@@ -46,11 +64,19 @@ fn lands_on_the_listener(setup: &Setup) -> Result<()> {
         let destination = SocketAddr::new(family.client, 80);
         let app = dial(&topology.pod, destination)?;
         let (taken, peer) = accept(&listeners.outbound[family.index as usize])?;
-        ensure!(taken.local_addr()? == destination, "{:?}", taken.local_addr());
+        ensure!(
+            taken.local_addr()? == destination,
+            "{:?}",
+            taken.local_addr()
+        );
         ensure!(peer == app.local_addr()?, "{peer}");
         ensure!(peer.ip() == family.pod, "{peer}");
     }
-    ensure!(topology.count(Counter::CapturedOutbound)? == 2, "{:?}", topology.nonzero()?);
+    ensure!(
+        topology.count(Counter::CapturedOutbound)? == 2,
+        "{:?}",
+        topology.nonzero()?
+    );
     Ok(())
 }
 
@@ -72,10 +98,17 @@ fn bytes_survive(setup: &Setup) -> Result<()> {
         });
         let mut got = Vec::new();
         taken.read_to_end(&mut got)?;
-        ensure!(got == sent, "{} of {} bytes came through", got.len(), sent.len());
+        ensure!(
+            got == sent,
+            "{} of {} bytes came through",
+            got.len(),
+            sent.len()
+        );
         taken.write_all(b"late answer")?;
         drop(taken);
-        let back = writer.join().map_err(|_panic| anyhow::anyhow!("the writer panicked"))??;
+        let back = writer
+            .join()
+            .map_err(|_panic| anyhow::anyhow!("the writer panicked"))??;
         ensure!(back == b"late answer", "{back:?}");
     }
     Ok(())
@@ -87,9 +120,16 @@ fn without_a_listener(setup: &Setup) -> Result<()> {
         let server = serve(&topology.client, SocketAddr::new(family.client, 80))?;
         let end = attempt(&topology.pod, server.local_addr()?, QUIET)?;
         ensure!(end == Some(std::io::ErrorKind::TimedOut), "{end:?}");
-        ensure!(accept_within(&server, QUIET)?.is_none(), "it went past in plain");
+        ensure!(
+            accept_within(&server, QUIET)?.is_none(),
+            "it went past in plain"
+        );
     }
-    ensure!(topology.count(Counter::NoOutboundListener)? >= 2, "{:?}", topology.nonzero()?);
+    ensure!(
+        topology.count(Counter::NoOutboundListener)? >= 2,
+        "{:?}",
+        topology.nonzero()?
+    );
     // The restart of an agent costs a retransmission and no more.
     let server = SocketAddr::new(FAMILIES[0].client, 81);
     std::thread::scope(|scope| {
@@ -97,14 +137,18 @@ fn without_a_listener(setup: &Setup) -> Result<()> {
         std::thread::sleep(QUIET);
         let listeners = topology.listen_as_proxy()?;
         accept(&listeners.outbound[0])?;
-        app.join().map_err(|_panic| anyhow::anyhow!("the application panicked"))??;
+        app.join()
+            .map_err(|_panic| anyhow::anyhow!("the application panicked"))??;
         Ok(())
     })
 }
 
 fn fail_open(setup: &Setup) -> Result<()> {
     let topology = Topology::new(setup)?;
-    let open = PodConfig { flags: PodConfig::ACTIVE | PodConfig::FAIL_OPEN, ..active() };
+    let open = PodConfig {
+        flags: PodConfig::ACTIVE | PodConfig::FAIL_OPEN,
+        ..active()
+    };
     topology.loader.set_pod_config(SLOT, &open)?;
     for family in FAMILIES {
         let server = serve(&topology.client, SocketAddr::new(family.client, 80))?;
@@ -115,14 +159,21 @@ fn fail_open(setup: &Setup) -> Result<()> {
         far.read_exact(&mut got)?;
         ensure!(&got == b"open");
     }
-    ensure!(topology.count(Counter::FailedOpen)? == 2, "{:?}", topology.nonzero()?);
+    ensure!(
+        topology.count(Counter::FailedOpen)? == 2,
+        "{:?}",
+        topology.nonzero()?
+    );
     Ok(())
 }
 
 fn skipped_ports(setup: &Setup) -> Result<()> {
     let (topology, listeners) = Topology::with_listeners(setup)?;
     let mut config = active();
-    config.skip_outbound[7] = PortRange { first: 5432, last: 5433 };
+    config.skip_outbound[7] = PortRange {
+        first: 5432,
+        last: 5433,
+    };
     topology.loader.set_pod_config(SLOT, &config)?;
     for family in FAMILIES {
         let server = serve(&topology.client, SocketAddr::new(family.client, 5433))?;
@@ -150,7 +201,10 @@ fn forged_mark(setup: &Setup) -> Result<()> {
         let _app = topology.pod.enter(|| marked_dial(OUR_MARK, address))?;
         accept(&listeners.outbound[family.index as usize])
             .context("the forged mark went past the listener")?;
-        ensure!(accept_within(&server, QUIET)?.is_none(), "it went out in plain");
+        ensure!(
+            accept_within(&server, QUIET)?.is_none(),
+            "it went out in plain"
+        );
     }
     Ok(())
 }
@@ -160,11 +214,14 @@ fn forged_capture_mark(setup: &Setup) -> Result<()> {
     for family in FAMILIES {
         let server = serve(&topology.client, SocketAddr::new(family.client, 80))?;
         let address = server.local_addr()?;
-        let end = topology.pod.enter(|| {
-            Ok(marked_dial(topology.setup_settings.capture_mark, address).is_ok())
-        })?;
+        let end = topology
+            .pod
+            .enter(|| Ok(marked_dial(topology.setup_settings.capture_mark, address).is_ok()))?;
         ensure!(!end, "a connection stood");
-        ensure!(accept_within(&server, QUIET)?.is_none(), "it went out in plain");
+        ensure!(
+            accept_within(&server, QUIET)?.is_none(),
+            "it went out in plain"
+        );
     }
     Ok(())
 }
@@ -184,7 +241,10 @@ fn never_plain(setup: &Setup) -> Result<()> {
         drop(listeners);
         let before = topology.count(Counter::OrphanedTaken)?;
         app.write_all(b"marker-of-the-request")?;
-        ensure!(!wire.carries(QUIET, b"marker-of-the-request"), "plain bytes left the pod");
+        ensure!(
+            !wire.carries(QUIET, b"marker-of-the-request"),
+            "plain bytes left the pod"
+        );
         topology.await_count(Counter::OrphanedTaken, before)?;
     }
     Ok(())
@@ -223,7 +283,9 @@ fn standing_goes_on(setup: &Setup) -> Result<()> {
         topology.loader.insert_standing(&key)?;
         topology.loader.set_pod_config(SLOT, &active())?;
         exchange(&mut app, &mut far)?;
-        topology.pod.enter(|| Ok(topology.loader.detach(SLOT, &topology.interfaces)?))?;
+        topology
+            .pod
+            .enter(|| Ok(topology.loader.detach(SLOT, &topology.interfaces)?))?;
     }
     Ok(())
 }
@@ -239,9 +301,14 @@ fn unknown_is_dropped(setup: &Setup) -> Result<()> {
         let wire = Wire::open(&topology.node, "topod")?;
         let before = topology.count(Counter::UnknownSender)?;
         app.write_all(b"never announced")?;
-        ensure!(!wire.carries(QUIET, b"never announced"), "plain bytes left the pod");
+        ensure!(
+            !wire.carries(QUIET, b"never announced"),
+            "plain bytes left the pod"
+        );
         topology.await_count(Counter::UnknownSender, before)?;
-        topology.pod.enter(|| Ok(topology.loader.detach(SLOT, &topology.interfaces)?))?;
+        topology
+            .pod
+            .enter(|| Ok(topology.loader.detach(SLOT, &topology.interfaces)?))?;
     }
     Ok(())
 }
@@ -253,7 +320,10 @@ fn leaving(setup: &Setup) -> Result<()> {
         let server = serve(&topology.client, SocketAddr::new(family.client, 80))?;
         let mut ours = dial(&topology.pod, server.local_addr()?)?;
         let (mut taken, _peer) = accept(&listeners.outbound[family.index as usize])?;
-        let config = PodConfig { flags: PodConfig::ACTIVE | PodConfig::LEAVING, ..active() };
+        let config = PodConfig {
+            flags: PodConfig::ACTIVE | PodConfig::LEAVING,
+            ..active()
+        };
         topology.loader.set_pod_config(SLOT, &config)?;
         exchange(&mut ours, &mut taken)?;
         let mut new = dial(&topology.pod, server.local_addr()?)?;
@@ -289,13 +359,19 @@ fn inactive(setup: &Setup) -> Result<()> {
         let end = attempt(&topology.pod, server.local_addr()?, QUIET)?;
         ensure!(end == Some(std::io::ErrorKind::TimedOut), "{end:?}");
     }
-    ensure!(topology.count(Counter::Inactive)? >= 2, "{:?}", topology.nonzero()?);
+    ensure!(
+        topology.count(Counter::Inactive)? >= 2,
+        "{:?}",
+        topology.nonzero()?
+    );
     // What is not TCP passes.
-    let echo = topology.client.enter(|| Ok(std::net::UdpSocket::bind("10.78.1.2:7")?))?;
+    let echo = topology
+        .client
+        .enter(|| Ok(std::net::UdpSocket::bind("10.78.1.2:7")?))?;
     echo.set_read_timeout(Some(SOON))?;
-    topology.pod.enter(|| {
-        Ok(std::net::UdpSocket::bind("10.78.2.2:0")?.send_to(b"udp", "10.78.1.2:7")?)
-    })?;
+    topology
+        .pod
+        .enter(|| Ok(std::net::UdpSocket::bind("10.78.2.2:0")?.send_to(b"udp", "10.78.1.2:7")?))?;
     echo.recv_from(&mut [0; 8]).context("UDP did not pass")?;
     Ok(())
 }
@@ -352,8 +428,11 @@ pub fn vanish(stream: std::net::TcpStream) -> Result<()> {
             size_of::<i32>() as nix::libc::socklen_t,
         )
     };
-    ensure!(result == 0, "TCP_REPAIR: {}", std::io::Error::last_os_error());
+    ensure!(
+        result == 0,
+        "TCP_REPAIR: {}",
+        std::io::Error::last_os_error()
+    );
     drop(stream);
     Ok(())
 }
-

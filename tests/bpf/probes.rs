@@ -8,10 +8,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use picomesh_common::{
-    Counter, ProbeState, StandingKey, Tuple,
-    config::owner,
-};
+use picomesh_common::{Counter, ProbeState, StandingKey, Tuple, config::owner};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use crate::{
@@ -23,14 +20,23 @@ use crate::{
 };
 
 pub const TESTS: &[Test] = &[
-    ("a_socket_of_the_host_reaches_the_application", reaches_the_application),
-    ("a_probe_that_ends_with_rst_ends_the_applications_socket", ends_with_rst),
+    (
+        "a_socket_of_the_host_reaches_the_application",
+        reaches_the_application,
+    ),
+    (
+        "a_probe_that_ends_with_rst_ends_the_applications_socket",
+        ends_with_rst,
+    ),
     ("an_answer_outlives_the_probes_entry", answer_outlives),
     ("a_stranger_with_the_nodes_address_is_no_probe", stranger),
     ("a_finished_probes_tuple_opens_nothing", finished),
     ("a_dial_that_is_stale_opens_nothing", stale),
     ("an_ipv4_probe_of_an_ipv6_socket_is_known", mapped),
-    ("sockets_of_other_namespaces_leave_no_trace", other_namespaces),
+    (
+        "sockets_of_other_namespaces_leave_no_trace",
+        other_namespaces,
+    ),
 ];
 
 fn reaches_the_application(setup: &Setup) -> Result<()> {
@@ -51,7 +57,11 @@ fn reaches_the_application(setup: &Setup) -> Result<()> {
         let storage = topology.loader.storage(served.as_fd())?;
         ensure!(storage == Some(owner::PROBED), "{storage:?}");
     }
-    ensure!(topology.count(Counter::ProbePassed)? >= 2, "{:?}", topology.nonzero()?);
+    ensure!(
+        topology.count(Counter::ProbePassed)? >= 2,
+        "{:?}",
+        topology.nonzero()?
+    );
     Ok(())
 }
 
@@ -68,7 +78,11 @@ fn ends_with_rst(setup: &Setup) -> Result<()> {
         let end = served.read(&mut [0; 1]).map_err(|error| error.kind());
         ensure!(end == Err(std::io::ErrorKind::ConnectionReset), "{end:?}");
     }
-    ensure!(topology.count(Counter::NotStanding)? == 0, "{:?}", topology.nonzero()?);
+    ensure!(
+        topology.count(Counter::NotStanding)? == 0,
+        "{:?}",
+        topology.nonzero()?
+    );
     Ok(())
 }
 
@@ -82,14 +96,21 @@ fn answer_outlives(setup: &Setup) -> Result<()> {
         probe.write_all(b"x")?;
         served.read_exact(&mut [0; 1])?;
         // Pushed out by a thousand other probes, say.
-        let key = StandingKey { slot: SLOT, tuple: Tuple::new(served.local_addr()?, peer) };
+        let key = StandingKey {
+            slot: SLOT,
+            tuple: Tuple::new(served.local_addr()?, peer),
+        };
         topology.loader.remove_probe(&key)?;
         served.write_all(b"late")?;
         probe.set_read_timeout(Some(SOON))?;
         let mut got = [0; 4];
-        probe.read_exact(&mut got).context("the answer was dropped")?;
+        probe
+            .read_exact(&mut got)
+            .context("the answer was dropped")?;
         probe.write_all(b"more")?;
-        served.read_exact(&mut got).context("the request was dropped")?;
+        served
+            .read_exact(&mut got)
+            .context("the request was dropped")?;
     }
     Ok(())
 }
@@ -103,12 +124,18 @@ fn stranger(setup: &Setup) -> Result<()> {
         let app = serve(&topology.pod, SocketAddr::new(family.pod, 80))?;
         let _probe = dial(&topology.node, app.local_addr()?)?;
         accept(&app)?;
-        let (passed, captured) =
-            (topology.count(Counter::ProbePassed)?, topology.count(Counter::CapturedInbound)?);
+        let (passed, captured) = (
+            topology.count(Counter::ProbePassed)?,
+            topology.count(Counter::CapturedInbound)?,
+        );
         let from = SocketAddr::new(family.node, 43_000);
         wire.send(&Frame::to_pod(from, app.local_addr()?, SYN).bytes())?;
         topology.await_count(Counter::CapturedInbound, captured)?;
-        ensure!(topology.count(Counter::ProbePassed)? == passed, "{:?}", topology.nonzero()?);
+        ensure!(
+            topology.count(Counter::ProbePassed)? == passed,
+            "{:?}",
+            topology.nonzero()?
+        );
     }
     Ok(())
 }
@@ -124,14 +151,27 @@ fn finished(setup: &Setup) -> Result<()> {
             let probe = dial_from(&topology.node, from, app.local_addr()?)?;
             let (served, _peer) = accept(&app)?;
             SockRef::from(&probe).set_linger(Some(Duration::ZERO))?;
-            let open = if close_first { None } else { Some((probe, served)) };
+            let open = if close_first {
+                None
+            } else {
+                Some((probe, served))
+            };
             std::thread::sleep(QUIET / 4);
-            let (passed, captured) =
-                (topology.count(Counter::ProbePassed)?, topology.count(Counter::CapturedInbound)?);
+            let (passed, captured) = (
+                topology.count(Counter::ProbePassed)?,
+                topology.count(Counter::CapturedInbound)?,
+            );
             wire.send(&Frame::to_pod(from, app.local_addr()?, SYN).bytes())?;
             topology.await_count(Counter::CapturedInbound, captured)?;
-            ensure!(topology.count(Counter::ProbePassed)? == passed, "{:?}", topology.nonzero()?);
-            ensure!(accept_within(&app, QUIET / 4)?.is_none(), "the application accepted it");
+            ensure!(
+                topology.count(Counter::ProbePassed)? == passed,
+                "{:?}",
+                topology.nonzero()?
+            );
+            ensure!(
+                accept_within(&app, QUIET / 4)?.is_none(),
+                "the application accepted it"
+            );
             drop(open);
         }
     }
@@ -144,13 +184,24 @@ fn stale(setup: &Setup) -> Result<()> {
     for family in FAMILIES {
         let app = serve(&topology.pod, SocketAddr::new(family.pod, 80))?;
         let from = SocketAddr::new(family.node, 45_000);
-        let key = StandingKey { slot: SLOT, tuple: Tuple::new(app.local_addr()?, from) };
-        let state = ProbeState { since_ns: 1, phase: ProbeState::DIALLING, _pad: 0 };
+        let key = StandingKey {
+            slot: SLOT,
+            tuple: Tuple::new(app.local_addr()?, from),
+        };
+        let state = ProbeState {
+            since_ns: 1,
+            phase: ProbeState::DIALLING,
+            _pad: 0,
+        };
         topology.loader.insert_probe(&key, &state)?;
         let captured = topology.count(Counter::CapturedInbound)?;
         wire.send(&Frame::to_pod(from, app.local_addr()?, SYN).bytes())?;
         topology.await_count(Counter::CapturedInbound, captured)?;
-        ensure!(topology.count(Counter::ProbePassed)? == 0, "{:?}", topology.nonzero()?);
+        ensure!(
+            topology.count(Counter::ProbePassed)? == 0,
+            "{:?}",
+            topology.nonzero()?
+        );
     }
     Ok(())
 }

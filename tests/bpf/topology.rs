@@ -65,8 +65,18 @@ pub struct Family {
 }
 
 pub const FAMILIES: [Family; 2] = [
-    Family { client: CLIENT_V4, node: NODE_V4, pod: POD_V4, index: V4 },
-    Family { client: CLIENT_V6, node: NODE_V6, pod: POD_V6, index: V6 },
+    Family {
+        client: CLIENT_V4,
+        node: NODE_V4,
+        pod: POD_V4,
+        index: V4,
+    },
+    Family {
+        client: CLIENT_V6,
+        node: NODE_V6,
+        pod: POD_V6,
+        index: V6,
+    },
 ];
 
 /// Long enough for anything that arrives, short enough for what must not.
@@ -82,7 +92,10 @@ static BPFFS: OnceLock<PathBuf> = OnceLock::new();
 
 /// Once, before there are threads. An error is the reason why nothing can run.
 pub fn prepare() -> Result<()> {
-    ensure!(Uid::effective().is_root(), "needs root: it makes network namespaces");
+    ensure!(
+        Uid::effective().is_root(),
+        "needs root: it makes network namespaces"
+    );
     unshare(CloneFlags::CLONE_NEWNS).context("unshare(CLONE_NEWNS)")?;
     let none = None::<&str>;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
@@ -158,7 +171,13 @@ impl Netns {
     }
 
     pub fn run(&self, commands: &str) -> Result<()> {
-        self.enter(|| commands.lines().map(str::trim).filter(|line| !line.is_empty()).try_for_each(run))
+        self.enter(|| {
+            commands
+                .lines()
+                .map(str::trim)
+                .filter(|line| !line.is_empty())
+                .try_for_each(run)
+        })
     }
 
     pub fn fd(&self) -> &File {
@@ -169,9 +188,15 @@ impl Netns {
 fn run(command: &str) -> Result<()> {
     let mut words = command.split_whitespace();
     let program = words.next().context("an empty command")?;
-    let output = Command::new(program).args(words).output().with_context(|| command.to_owned())?;
+    let output = Command::new(program)
+        .args(words)
+        .output()
+        .with_context(|| command.to_owned())?;
     if !output.status.success() {
-        bail!("{command}: {}", String::from_utf8_lossy(&output.stderr).trim());
+        bail!(
+            "{command}: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
     }
     Ok(())
 }
@@ -238,7 +263,10 @@ impl Topology {
             let closed = SocketAddr::new(family.client, 9);
             let deadline = Instant::now() + 2 * SOON;
             while attempt(&pod, closed, QUIET)? != Some(io::ErrorKind::ConnectionRefused) {
-                ensure!(Instant::now() < deadline, "the client is not reached at {closed}");
+                ensure!(
+                    Instant::now() < deadline,
+                    "the client is not reached at {closed}"
+                );
             }
         }
 
@@ -254,14 +282,28 @@ impl Topology {
         let marker = loader.marker()?;
         let interfaces = pod.enter(|| {
             let index = nix::net::if_::if_nametoindex("eth0")?;
-            Ok(vec![Interface { name: "eth0".to_owned(), index, l2_len: L2_ETHERNET }])
+            Ok(vec![Interface {
+                name: "eth0".to_owned(),
+                index,
+                l2_len: L2_ETHERNET,
+            }])
         })?;
-        Ok(Self { client, node, pod, loader, marker, interfaces, bpf_dir, setup_settings })
+        Ok(Self {
+            client,
+            node,
+            pod,
+            loader,
+            marker,
+            interfaces,
+            bpf_dir,
+            setup_settings,
+        })
     }
 
     pub fn attach(&self) -> Result<PodPrograms> {
         let mut programs = self.loader.load_pod(SLOT, &self.interfaces)?;
-        self.pod.enter(|| Ok(self.loader.attach(&mut programs, self.pod.fd().as_fd())?))?;
+        self.pod
+            .enter(|| Ok(self.loader.attach(&mut programs, self.pod.fd().as_fd())?))?;
         Ok(programs)
     }
 
@@ -287,7 +329,8 @@ impl Topology {
                 socket.listen(64)?;
                 Ok(TcpListener::from(socket))
             })?;
-            self.loader.set_listener(SLOT, direction, family, &listener)?;
+            self.loader
+                .set_listener(SLOT, direction, family, &listener)?;
             Ok(listener)
         };
         Ok(Listeners {
@@ -298,7 +341,11 @@ impl Topology {
 
     /// A socket of ours in the pod, as the agent makes them. Call inside the pod.
     pub fn proxy_socket(&self, family: u32) -> Result<Socket> {
-        let domain = if family == V4 { Domain::IPV4 } else { Domain::IPV6 };
+        let domain = if family == V4 {
+            Domain::IPV4
+        } else {
+            Domain::IPV6
+        };
         let socket = Socket::new(domain, Type::STREAM, Some(Protocol::TCP))?;
         if family == V4 {
             socket.set_ip_transparent_v4(true)?;
@@ -323,7 +370,10 @@ impl Topology {
 
     pub fn count(&self, counter: Counter) -> Result<u64> {
         let counters = self.loader.counters(SLOT)?;
-        Ok(counters.iter().find(|(known, _)| *known == counter).map_or(0, |(_, count)| *count))
+        Ok(counters
+            .iter()
+            .find(|(known, _)| *known == counter)
+            .map_or(0, |(_, count)| *count))
     }
 
     /// Waits for a counter to pass what it was.
@@ -343,7 +393,11 @@ impl Topology {
 
     pub fn nonzero(&self) -> Result<Vec<(&'static str, u64)>> {
         let counters = self.loader.counters(SLOT)?;
-        Ok(counters.iter().filter(|(_, n)| *n > 0).map(|(c, n)| (c.name(), *n)).collect())
+        Ok(counters
+            .iter()
+            .filter(|(_, n)| *n > 0)
+            .map(|(c, n)| (c.name(), *n))
+            .collect())
     }
 }
 
@@ -356,7 +410,9 @@ impl Drop for Topology {
             for command in dump.lines() {
                 let said = self.pod.enter(|| {
                     let mut words = command.split(' ');
-                    Ok(Command::new(words.next().unwrap_or_default()).args(words).output()?)
+                    Ok(Command::new(words.next().unwrap_or_default())
+                        .args(words)
+                        .output()?)
                 });
                 if let Ok(said) = said {
                     eprintln!("{command}\n{}", String::from_utf8_lossy(&said.stdout));
@@ -374,7 +430,10 @@ pub struct Listeners {
 
 /// A captured pod with no exceptions.
 pub fn active() -> PodConfig {
-    PodConfig { flags: PodConfig::ACTIVE, ..PodConfig::EMPTY }
+    PodConfig {
+        flags: PodConfig::ACTIVE,
+        ..PodConfig::EMPTY
+    }
 }
 
 /// An application that listens in `netns`.
@@ -441,7 +500,8 @@ fn link(
     far: &Netns,
     far_mac: Option<[u8; 6]>,
 ) -> Result<()> {
-    let mac = |mac: Option<[u8; 6]>| mac.map_or(String::new(), |mac| format!("address {}", text(mac)));
+    let mac =
+        |mac: Option<[u8; 6]>| mac.map_or(String::new(), |mac| format!("address {}", text(mac)));
     let there = format!("/proc/{}/fd/{}", std::process::id(), near.fd().as_raw_fd());
     far.run(&format!(
         "ip link add eth0 {} type veth peer name {near_name} {} netns {there}
@@ -478,7 +538,10 @@ fn add_mesh_devices(pod: &Netns) -> Result<()> {
         for device in [MESH0_NAME, MESH1_NAME] {
             fs::write(format!("/proc/sys/net/ipv4/conf/{device}/rp_filter"), "2")?;
         }
-        fs::write(format!("/proc/sys/net/ipv4/conf/{MESH0_NAME}/accept_local"), "1")?;
+        fs::write(
+            format!("/proc/sys/net/ipv4/conf/{MESH0_NAME}/accept_local"),
+            "1",
+        )?;
         Ok(())
     })
 }
@@ -502,7 +565,11 @@ impl NetnsCookie for Socket {
                 &raw mut length,
             )
         };
-        if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+        if result == 0 {
+            Ok(cookie)
+        } else {
+            Err(io::Error::last_os_error())
+        }
     }
 }
 
