@@ -99,6 +99,9 @@ impl Server {
                 }
             }
         }
+        // The file goes before the guard: whoever waits for the guard may end the process then.
+        drop(self);
+        drop(drain);
     }
 }
 

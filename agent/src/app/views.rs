@@ -58,7 +58,11 @@ pub(super) fn views(shown: &Arc<Shown>, log_level: Option<LogLevel>) -> Views {
 /// Weak, for the metrics are among those who are asked.
 pub(super) fn register(shown: &Arc<Shown>, metrics: &Metrics) {
     let shown = Arc::downgrade(shown);
-    metrics.add_source(move || shown.upgrade().map_or_else(Vec::new, |shown| shown.families()));
+    metrics.add_source(move || {
+        shown
+            .upgrade()
+            .map_or_else(Vec::new, |shown| shown.families())
+    });
 }
 
 impl Shown {
@@ -312,7 +316,6 @@ fn counted(counts: BTreeMap<&'static str, u64>, label: &'static str) -> Vec<Samp
     });
     samples.collect()
 }
-
 
 fn epoch(at: SystemTime) -> Option<f64> {
     let since = at.duration_since(SystemTime::UNIX_EPOCH).ok()?;
