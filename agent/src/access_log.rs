@@ -322,7 +322,6 @@ fn timestamp(at: SystemTime) -> String {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
     use std::sync::mpsc;
 

@@ -108,7 +108,6 @@ fn ranges(list: &[PortRange]) -> [PortRange; MAX_SKIP_RANGES] {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
     use crate::state::ObjectKey;
     use crate::state::objects::{

@@ -130,7 +130,6 @@ fn sign(lock: &mut Flock<File>) -> io::Result<()> {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
 
