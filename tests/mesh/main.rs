@@ -3,6 +3,7 @@
 //! One file per subject. Adding a test is adding a function and its row in that file's table.
 //! Every test states a promise to a user, and every comparison has a control: the same steps with
 //! the mesh off. `cargo xtask test --tier mesh` builds the agent and says where it lies.
+mod ground;
 mod harness;
 mod lifecycle;
 mod policy;

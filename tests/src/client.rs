@@ -54,6 +54,20 @@ pub fn ping(stream: &mut TcpStream, bytes: &[u8]) -> io::Result<()> {
     }
 }
 
+/// Reads byte by byte up to and including `end`.
+pub fn read_until(stream: &mut TcpStream, end: &[u8]) -> io::Result<String> {
+    let mut text = Vec::new();
+    let mut byte = [0];
+    while !text.ends_with(end) {
+        stream.read_exact(&mut byte)?;
+        text.push(byte[0]);
+        if text.len() > 64 * 1024 {
+            return Err(io::Error::other("64 KiB without the end looked for"));
+        }
+    }
+    Ok(String::from_utf8_lossy(&text).into_owned())
+}
+
 /// How a connection ended for a reader.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
