@@ -142,6 +142,7 @@ pub fn http_get(to: SocketAddr, path: &str, deadline: Duration) -> Result<(u16, 
 pub struct Reuse {
     pub rounds: u32,
     pub failed: u32,
+    pub first_error: Option<String>,
     pub longest: Duration,
     pub over_200_ms: u32,
 }
@@ -162,7 +163,20 @@ pub fn reuse_source_ports(
     for port in ports.cycle().take(rounds as usize) {
         let start = Instant::now();
         let once = || -> io::Result<()> {
-            let mut stream = connect_from((from, port).into(), to, Duration::from_secs(5))?;
+            let mut stream = loop {
+                match connect_from((from, port).into(), to, Duration::from_secs(5)) {
+                    // Our own last connection from this port waits for its last ACK.
+                    Err(e)
+                        if matches!(
+                            e.kind(),
+                            io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable
+                        ) && start.elapsed() < Duration::from_secs(5) =>
+                    {
+                        std::thread::sleep(Duration::from_millis(1));
+                    }
+                    done => break done?,
+                }
+            };
             stream.write_all(b"ping")?;
             let mut answer = Vec::new();
             stream.read_to_end(&mut answer)?;
@@ -172,8 +186,9 @@ pub fn reuse_source_ports(
                 Err(io::Error::other("wrong answer"))
             }
         };
-        if once().is_err() {
+        if let Err(e) = once() {
             result.failed += 1;
+            result.first_error.get_or_insert(e.to_string());
         }
         let took = start.elapsed();
         result.longest = result.longest.max(took);

@@ -52,6 +52,7 @@ pub struct Server {
     port: u16,
     stop: Arc<AtomicBool>,
     seen: Arc<Seen>,
+    thread: Option<thread::JoinHandle<()>>,
 }
 
 /// What happened at a server so far.
@@ -72,7 +73,7 @@ impl Server {
         let seen = Arc::new(Seen::default());
         let (ready, listening) = mpsc::sync_channel(1);
         let (stopped, counted) = (stop.clone(), seen.clone());
-        netns.spawn(&format!("server-{port}"), move || {
+        let thread = netns.spawn(&format!("server-{port}"), move || {
             let listener = match listen(port) {
                 Ok(listener) => listener,
                 Err(e) => {
@@ -87,7 +88,12 @@ impl Server {
             .recv()
             .context("the server's thread is gone")?
             .with_context(|| format!("listen on port {port} in {}", netns.name()))?;
-        Ok(Self { port, stop, seen })
+        Ok(Self {
+            port,
+            stop,
+            seen,
+            thread: Some(thread),
+        })
     }
 
     pub fn port(&self) -> u16 {
@@ -114,6 +120,10 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
+        // The port is free for the next server when this returns.
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
     }
 }
 
