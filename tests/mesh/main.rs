@@ -5,7 +5,6 @@
 //! the mesh off. `cargo xtask test --tier mesh` builds the agent and says where it lies.
 mod ground;
 mod harness;
-mod lifecycle;
 mod policy;
 mod traffic;
 mod world;
@@ -13,13 +12,5 @@ mod world;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    harness::run(
-        [
-            world::TESTS,
-            traffic::TESTS,
-            policy::TESTS,
-            lifecycle::TESTS,
-        ]
-        .concat(),
-    )
+    harness::run([world::TESTS, traffic::TESTS, policy::TESTS].concat())
 }
