@@ -12,6 +12,7 @@
 #![forbid(unsafe_code)]
 
 pub mod balance;
+mod describe;
 mod endpoints;
 mod frontends;
 pub mod mesh;
