@@ -1,1 +1,433 @@
-//! See ARCHITECTURE.md.
+//! The whole agent, put together: the only room that knows all the others.
+//!
+//! [`start`] reads as the start order, and why it is so. What the rooms need of each other they get
+//! here, as handles and closures: which pods should be captured and which identities held is
+//! computed from the mesh in [`desired`], what people and Prometheus see in [`views`].
+//!
+//! Two kinds of threads: the proxy's data threads, each with a runtime of its own, and the admin
+//! runtime for everything else. A scrape, a reload of all manifests or a slow signer never delays
+//! a byte.
+#![forbid(unsafe_code)]
+
+pub mod desired;
+mod run_dir;
+mod views;
+
+use std::{
+    fs::OpenOptions,
+    io,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use tokio::{
+    runtime,
+    signal::unix::{Signal, SignalKind, signal},
+    sync::{mpsc, watch},
+    task::JoinHandle,
+    time::{MissedTickBehavior, interval, sleep},
+};
+use tracing::{info, warn};
+
+use crate::{
+    access_log::{self, AccessLog},
+    admin, allocator,
+    config::{AccessLogTarget, Config},
+    datapath::{Datapath, DatapathSettings, Desired},
+    drain::{Drain, Drained},
+    identity::{self, Identities},
+    local,
+    metrics::{Metrics, MetricsSettings},
+    proxy::{Proxy, ProxySettings, Surroundings},
+    readiness::Readiness,
+    state::{Mesh, MeshStore, objects::Objects},
+    telemetry::{self, LogFormat, LogLevel},
+};
+
+use desired::Netns;
+
+pub use run_dir::{RunDir, RunDirError};
+
+/// Events of the datapath that wait for the data threads.
+const EVENTS: usize = 64;
+/// For what has nothing to do with connections, once those have ended.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// `picomesh-agent run`: until SIGTERM or SIGINT, and the second of them.
+pub fn run(config: Config) -> anyhow::Result<()> {
+    let log_level = telemetry::init(&config.log_level, config.log_format)?;
+    let runtime = runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        // Scrapes, manifests, netlink: none of it needs to be quick, all of it costs stacks.
+        .max_blocking_threads(16)
+        .thread_name("admin")
+        .enable_all()
+        .build()?;
+    let ended = runtime.block_on(async {
+        let deadline = config.drain_deadline;
+        let mut signals = Signals::new()?;
+        let agent = tokio::select! {
+            agent = start(config, Some(log_level)) => agent?,
+            // What is pinned already stays, as with any other end.
+            () = signals.next() => return Ok(()),
+        };
+        signals.next().await;
+        tokio::select! {
+            () = agent.end(deadline) => {}
+            () = signals.next() => warn!("asked to end a second time, open connections are cut"),
+        }
+        anyhow::Ok(())
+    });
+    // Whatever still blocks a thread (a stuck file system) must not hold up the end.
+    runtime.shutdown_background();
+    ended
+}
+
+/// A running agent.
+pub struct Agent {
+    pub bound: Bound,
+    pub readiness: Readiness,
+    proxy: Arc<Proxy>,
+    identities: Identities,
+    access_log: AccessLog,
+    /// Ends the watch of the manifests and the HTTP server.
+    drain: Drain,
+    /// Ends the admin socket, last.
+    last: Drain,
+    tasks: Vec<JoinHandle<()>>,
+    /// Dropping it ends the datapath's loop, and leaves everything pinned.
+    desired: Arc<watch::Sender<Desired>>,
+    _run_dir: RunDir,
+}
+
+/// Where the agent listens; a configuration may ask for port 0.
+#[derive(Clone, Debug)]
+pub struct Bound {
+    pub metrics: SocketAddr,
+    pub tunnels: Vec<SocketAddr>,
+}
+
+/// Starts everything, in this order. The calling thread must be in the node's network namespace,
+/// and so must be the threads of its runtime.
+pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Result<Agent> {
+    info!(
+        version = env!("CARGO_PKG_VERSION"),
+        node = &*config.mesh.node,
+        threads = config.data_threads,
+        "starting"
+    );
+    raise_file_limit();
+
+    // The lock first: whoever has it may touch sockets and pins of this directory.
+    let run_dir = RunDir::open(&config.run_dir)?;
+
+    // People can look from here on: `/ready` tells what is awaited.
+    let readiness = Readiness::new();
+    let manifests_read = readiness.register("manifests");
+    let certificates_held = readiness.register("certificates");
+    let pods_tried = readiness.register("pods");
+    let metrics = Metrics::new(MetricsSettings {
+        data_threads: config.data_threads,
+        istio: config.istio_metrics,
+        cluster_domain: config.mesh.cluster_domain.clone(),
+        ..MetricsSettings::default()
+    });
+    let access_log = open_access_log(&config)?;
+    let (drain, guard) = Drain::new();
+    let (last, last_guard) = Drain::new();
+    let mut tasks = Vec::new();
+    let http = admin::http::Server::bind(config.metrics_address).with_context(|| {
+        format!(
+            "--metrics-address {}: cannot listen; is another agent running?",
+            config.metrics_address
+        )
+    })?;
+    let metrics_address = http.address();
+    let shown = admin::http::Shown {
+        metrics: metrics.clone(),
+        readiness: readiness.clone(),
+    };
+    tasks.push(tokio::spawn(http.serve(shown, guard.clone())));
+
+    // What we know. Nothing is decided before the manifests were read once: an empty mesh would
+    // let pods go that are captured already.
+    let settings = Arc::new(config.mesh.clone());
+    let mesh = Arc::new(MeshStore::new(Mesh::build(
+        settings.clone(),
+        0,
+        &Objects::default(),
+    )));
+    let manifests = local::Manifests::open(&config.manifests, settings.clone(), mesh.clone())
+        .await
+        .with_context(|| format!("--manifests {}", config.manifests.display()))?;
+    let netns = manifests.netns();
+    let load_errors = manifests.errors();
+    tasks.push(tokio::spawn(manifests.run(guard.clone())));
+    drop(manifests_read);
+
+    // Who we are. Requests for certificates go out now, and are answered while the rest starts.
+    let trust_domain = config.mesh.trust_domain.clone();
+    let clock: Arc<dyn identity::Clock> = Arc::new(identity::SystemClock);
+    let authority = identity::LocalCa::open(&config.ca_dir, trust_domain.clone(), clock)
+        .with_context(|| format!("--ca-dir {}", config.ca_dir.display()))?;
+    tasks.push(tokio::spawn(authority.clone().watch()));
+    let (identities, manager) =
+        Identities::start(authority, identity::Settings::new(trust_domain))?;
+    tasks.push(manager);
+    let mut needed = desired::Identities::default();
+    identities.set_wanted(needed.wanted(&mesh.load(), Instant::now()));
+
+    // The data threads, before anything is captured for them.
+    let proxy = Proxy::start(
+        ProxySettings {
+            threads: config.data_threads,
+            tunnel_port: config.tunnel_port,
+            hbone_to_pods: config.hbone_to_pods,
+            ..ProxySettings::default()
+        },
+        Surroundings {
+            mesh: mesh.clone(),
+            identities: identities.clone(),
+            metrics: metrics.clone(),
+            access_log: access_log.clone(),
+        },
+    )?;
+    let (events, captured) = mpsc::channel(EVENTS);
+    let follower = proxy.clone();
+    tasks.push(tokio::spawn(async move { follower.follow(captured).await }));
+
+    // The kernel: adopts what is pinned, then captures what is missing.
+    let pods = desired::pods(&mesh.load(), &netns.borrow());
+    let first = pods.desired.clone();
+    let (desired, desired_seen) = watch::channel(pods.desired);
+    let (lost, lost_seen) = watch::channel(Arc::new(pods.lost));
+    let datapath = Datapath::start(datapath_settings(&config), desired_seen, events).await?;
+    // An empty first word would mean "not known yet" to it. It is known.
+    desired.send_replace(first);
+    let desired = Arc::new(desired);
+
+    // What we show, now that there is everybody to ask.
+    let shown = views::Shown {
+        settings,
+        started: Instant::now(),
+        readiness: readiness.clone(),
+        mesh: mesh.clone(),
+        load_errors,
+        metrics: metrics.clone(),
+        access_log: access_log.clone(),
+        identities: identities.clone(),
+        datapath: datapath.clone(),
+        lost: lost_seen,
+        proxy: proxy.clone(),
+    };
+    let shown = Arc::new(shown);
+    views::register(&shown, &metrics);
+    let socket = admin::socket::Server::bind(run_dir.path())?;
+    let answers = views::views(&shown, log_level);
+    tasks.push(tokio::spawn(socket.serve(answers, last_guard)));
+
+    // From here on the mesh drives everything.
+    tasks.push(tokio::spawn(follow_mesh(Follow {
+        mesh,
+        netns,
+        needed,
+        identities: identities.clone(),
+        desired: Arc::downgrade(&desired),
+        lost,
+        metrics,
+    })));
+    tasks.push(tokio::spawn(await_certificates(
+        identities.clone(),
+        certificates_held,
+    )));
+    let settling = datapath.clone();
+    tasks.push(tokio::spawn(async move {
+        while !settling.is_settled() {
+            sleep(Duration::from_millis(20)).await;
+        }
+        drop(pods_tried);
+    }));
+    tasks.push(tokio::spawn(wind_allocator()));
+
+    let bound = Bound {
+        metrics: metrics_address,
+        tunnels: proxy.tunnel_addresses().to_vec(),
+    };
+    info!(metrics = %bound.metrics, tunnels = ?bound.tunnels, "serving");
+    Ok(Agent {
+        bound,
+        readiness,
+        proxy,
+        identities,
+        access_log,
+        drain,
+        last,
+        tasks,
+        desired,
+        _run_dir: run_dir,
+    })
+}
+
+impl Agent {
+    /// Lets open connections finish until `deadline`. Everything in the kernel stays as it is: new
+    /// connections of captured pods wait for the next agent, they do not go out in plain.
+    pub async fn end(self, deadline: Duration) {
+        info!(?deadline, "ending: open connections may finish");
+        match self.proxy.drain(deadline).await {
+            Drained::Finished => info!("all connections have finished"),
+            Drained::Forced => info!("the deadline passed, connections were cut"),
+            Drained::Stuck => warn!("a data thread does not end, it is left behind"),
+        }
+        drop(self.desired);
+        self.identities.stop();
+        self.drain.drain(LAST_WORDS).await;
+        let log = self.access_log.clone();
+        let flushed = tokio::task::spawn_blocking(move || log.flush(LAST_WORDS)).await;
+        if let Err(error) = flushed {
+            warn!(%error, "the access log's last lines may be missing");
+        }
+        self.last.drain(Duration::ZERO).await;
+        for task in self.tasks {
+            task.abort();
+        }
+        info!("ended");
+    }
+}
+
+/// What [`follow_mesh`] turns the mesh into.
+struct Follow {
+    mesh: Arc<MeshStore>,
+    netns: watch::Receiver<Netns>,
+    needed: desired::Identities,
+    identities: Identities,
+    /// Weak: the end of the agent is told by dropping the only strong one.
+    desired: std::sync::Weak<watch::Sender<Desired>>,
+    lost: watch::Sender<Arc<Vec<crate::datapath::PodStatus>>>,
+    metrics: Arc<Metrics>,
+}
+
+/// On every new mesh, and now and then for what only time changes.
+async fn follow_mesh(mut follow: Follow) {
+    let mut changed = follow.mesh.subscribe();
+    let mut ticks = interval(Duration::from_secs(15));
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        let now = Instant::now();
+        {
+            let mesh = follow.mesh.load();
+            let pods = desired::pods(&mesh, &follow.netns.borrow_and_update());
+            let Some(desired) = follow.desired.upgrade() else {
+                return;
+            };
+            // The identity first: a pod is captured only when somebody may speak for it soon.
+            follow
+                .identities
+                .set_wanted(follow.needed.wanted(&mesh, now));
+            desired.send_if_modified(|current| {
+                let changed = **current != *pods.desired;
+                if changed {
+                    current.clone_from(&pods.desired);
+                }
+                changed
+            });
+            follow.lost.send_replace(Arc::new(pods.lost));
+            follow.metrics.sweep(&desired::live(&mesh), now);
+        }
+        tokio::select! {
+            changed = changed.changed() => if changed.is_err() { return },
+            changed = follow.netns.changed() => if changed.is_err() { return },
+            _ = ticks.tick() => {}
+        }
+    }
+}
+
+/// Drops its guard when every certificate wanted at the start is there.
+async fn await_certificates(identities: Identities, held: crate::readiness::Task) {
+    let mut changed = identities.changed();
+    // The manager takes up what is wanted in a moment; a list that is empty still is no answer.
+    sleep(Duration::from_millis(10)).await;
+    loop {
+        let all = identities.status();
+        if all.iter().all(|certificate| certificate.state == "ready") {
+            drop(held);
+            return;
+        }
+        tokio::select! {
+            changed = changed.changed() => if changed.is_err() { return },
+            () = sleep(Duration::from_millis(100)) => {}
+        }
+    }
+}
+
+async fn wind_allocator() {
+    let mut ticks = interval(Duration::from_secs(1));
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        allocator::give_back();
+    }
+}
+
+fn datapath_settings(config: &Config) -> DatapathSettings {
+    DatapathSettings {
+        bpf_dir: config.bpf_dir.clone(),
+        run_dir: config.run_dir.clone(),
+        data_threads: config.data_threads,
+        force_clsact: config.force_clsact,
+        fail_open: config.fail_open,
+        rules: config.rules,
+    }
+}
+
+fn open_access_log(config: &Config) -> anyhow::Result<AccessLog> {
+    let format = match config.log_format {
+        LogFormat::Text => access_log::Format::Text,
+        LogFormat::Json => access_log::Format::Json,
+    };
+    Ok(match &config.access_log {
+        AccessLogTarget::Off => AccessLog::off(),
+        AccessLogTarget::Stdout => AccessLog::start(format, io::stdout())?,
+        AccessLogTarget::File(path) => {
+            let file = OpenOptions::new()
+                .create(true)
+                .append(true)
+                .open(path)
+                .with_context(|| format!("--access-log {}", path.display()))?;
+            AccessLog::start(format, file)?
+        }
+    })
+}
+
+/// Connections are file descriptors, two each; many systems start a process with 1,024.
+fn raise_file_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        warn!(%error, "the limit of open files stays as it is");
+    }
+}
+
+/// SIGTERM and SIGINT, which mean the same.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}

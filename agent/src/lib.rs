@@ -11,6 +11,7 @@
 //! 6. [`metrics`], [`access_log`], [`admin`] show what happened.
 pub mod access_log;
 pub mod admin;
+pub mod allocator;
 pub mod app;
 pub mod config;
 pub mod datapath;

@@ -42,7 +42,7 @@ pub type Desired = Arc<Vec<DesiredPod>>;
 pub enum PodEvent {
     /// Serve these listeners; element `i` belongs to data thread `i`. Sent before the programs let
     /// the first packet through, and again (same handle) after an adoption.
-    Captured { pod: Arc<PodHandle>, listeners: Vec<PodListeners> },
+    Captured { pod: Arc<dyn PodSockets>, listeners: Vec<PodListeners> },
     /// The pod is gone or left the mesh: stop accepting; open connections finish or die with it.
     Released { uid: PodUid },
 }

@@ -1,5 +1,255 @@
 //! A connection's story: who calls, where to, may it, which endpoint, by what carrier; then bytes.
 //!
-//! One data thread per core, each with its own current-thread runtime, its own accepts, tunnels and
-//! upstream sockets: a flow never leaves its thread. Nothing here waits for the API server, the
-//! signer or a scrape.
+//! One data thread per core ([`threads`]), each with its own current-thread runtime, its own
+//! accepts, tunnels and upstream sockets: a flow never leaves its thread. Nothing here waits for
+//! the API server, the signer or a scrape.
+//!
+//! - [`outbound`]: what the pods of this node dial. [`inbound`]: what comes to them past the mesh.
+//! - [`tunnel`]: HBONE between nodes, and for a pod's own address.
+//! - [`authz`] asks policy, [`copy`] moves bytes, [`conns`] knows who is open and ends them.
+//!
+//! `app` starts the room, feeds it [`PodEvent`]s and drains it; `admin` reads its status. It knows
+//! the rooms before it (state, identity, datapath's sockets) and how to count and log, no more.
+#![forbid(unsafe_code)]
+
+mod accept;
+mod authz;
+mod conns;
+mod copy;
+mod inbound;
+mod outbound;
+mod reason;
+mod report;
+mod tcp;
+#[cfg(test)]
+mod tests;
+mod threads;
+mod tunnel;
+
+use std::{
+    collections::HashMap,
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
+
+use parking_lot::Mutex;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::{
+    access_log::AccessLog,
+    datapath::PodEvent,
+    drain::{Drain, Drained},
+    identity::Identities,
+    metrics::Metrics,
+    state::{MeshStore, PodUid},
+};
+
+pub use reason::Reason;
+pub use tunnel::TunnelStatus;
+
+/// The port of tunnels, of nodes and (ztunnel's way) of pods.
+pub const TUNNEL_PORT: u16 = 15008;
+
+/// Commands that wait for one data thread.
+const COMMANDS: usize = 256;
+
+#[derive(Clone, Debug)]
+pub struct ProxySettings {
+    /// Data threads; the datapath makes as many listeners per pod.
+    pub threads: usize,
+    /// Where tunnels are accepted. Empty: the tunnel port on all addresses of both families.
+    pub tunnel_listen: Vec<SocketAddr>,
+    /// The port at which other agents accept tunnels.
+    pub tunnel_port: u16,
+    /// Address that our tunnels come from; otherwise the kernel picks one of the node's.
+    pub tunnel_source: Option<IpAddr>,
+    /// Call pods at their own address on the tunnel port instead of their node's agent.
+    pub hbone_to_pods: bool,
+    pub timing: Timing,
+}
+
+/// How long the room waits for what. Settings of tests rather than of people.
+#[derive(Clone, Copy, Debug)]
+pub struct Timing {
+    /// TCP connect to an endpoint or a node.
+    pub connect: Duration,
+    /// TLS and HTTP/2 preface, from the first byte, on both sides.
+    pub handshake: Duration,
+    /// A tunnel without streams is closed after this.
+    pub tunnel_idle: Duration,
+    /// A tunnel with streams is pinged this often, and is dead if an answer takes as long.
+    pub ping: Duration,
+    /// How long a pod that left the mesh is still served by tunnels.
+    pub recently_meshed: Duration,
+    /// How long a tunnel's claim waits for news of a pod that nobody told us of yet.
+    pub unknown_source: Duration,
+}
+
+impl Default for Timing {
+    fn default() -> Self {
+        Self {
+            connect: Duration::from_secs(5),
+            handshake: Duration::from_secs(5),
+            tunnel_idle: Duration::from_secs(90),
+            ping: Duration::from_secs(10),
+            recently_meshed: Duration::from_secs(60),
+            unknown_source: Duration::from_secs(1),
+        }
+    }
+}
+
+impl Default for ProxySettings {
+    fn default() -> Self {
+        Self {
+            threads: std::thread::available_parallelism().map_or(1, usize::from),
+            tunnel_listen: Vec::new(),
+            tunnel_port: TUNNEL_PORT,
+            tunnel_source: None,
+            hbone_to_pods: false,
+            timing: Timing::default(),
+        }
+    }
+}
+
+/// The rooms that a connection's story asks and tells.
+#[derive(Clone)]
+pub struct Surroundings {
+    pub mesh: Arc<MeshStore>,
+    pub identities: Identities,
+    pub metrics: Arc<Metrics>,
+    pub access_log: AccessLog,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error(
+        "tunnel listener {address}: {source}; is another agent running? \
+         `--tunnel-port` or another network namespace keeps two apart"
+    )]
+    Listen {
+        address: SocketAddr,
+        source: io::Error,
+    },
+    #[error("data thread {thread}: {source}")]
+    Thread { thread: usize, source: io::Error },
+}
+
+/// The room's handle.
+pub struct Proxy {
+    threads: Vec<threads::ThreadHandle>,
+    tunnel_addresses: Vec<SocketAddr>,
+    drain: Mutex<Option<Drain>>,
+}
+
+impl Proxy {
+    /// Binds the tunnel port in the caller's network namespace and starts the data threads there.
+    pub fn start(settings: ProxySettings, around: Surroundings) -> Result<Arc<Self>, StartError> {
+        let (listeners, tunnel_addresses) = accept::tunnel_listeners(&settings)?;
+        let (drain, guard) = Drain::new();
+        let settings = Arc::new(settings);
+        let shared = Arc::new(threads::Shared::default());
+        let threads = listeners
+            .into_iter()
+            .enumerate()
+            .map(|(index, listeners)| {
+                threads::spawn(threads::Start {
+                    index,
+                    listeners,
+                    settings: Arc::clone(&settings),
+                    around: around.clone(),
+                    shared: Arc::clone(&shared),
+                    drain: guard.clone(),
+                })
+                .map_err(|source| StartError::Thread {
+                    thread: index,
+                    source,
+                })
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(Arc::new(Self {
+            threads,
+            tunnel_addresses,
+            drain: Mutex::new(Some(drain)),
+        }))
+    }
+
+    /// Where tunnels are accepted.
+    pub fn tunnel_addresses(&self) -> &[SocketAddr] {
+        &self.tunnel_addresses
+    }
+
+    /// Serves the datapath's events until it ends.
+    pub async fn follow(&self, mut events: mpsc::Receiver<PodEvent>) {
+        while let Some(event) = events.recv().await {
+            self.handle(event).await;
+        }
+    }
+
+    /// Returns when every data thread has done it.
+    pub async fn handle(&self, event: PodEvent) {
+        let mut answers = Vec::with_capacity(self.threads.len());
+        match event {
+            PodEvent::Captured { pod, listeners } => {
+                for (thread, listeners) in self.threads.iter().zip(listeners) {
+                    let (done, answer) = oneshot::channel();
+                    let pod = Arc::clone(&pod);
+                    thread
+                        .send(threads::Command::Captured {
+                            pod,
+                            listeners,
+                            done,
+                        })
+                        .await;
+                    answers.push(answer);
+                }
+            }
+            PodEvent::Released { uid } => {
+                for thread in &self.threads {
+                    let (done, answer) = oneshot::channel();
+                    thread
+                        .send(threads::Command::Released {
+                            uid: uid.clone(),
+                            done,
+                        })
+                        .await;
+                    answers.push(answer);
+                }
+            }
+        }
+        for answer in answers {
+            // A thread that has ended serves nobody: nothing to wait for.
+            let _ended = answer.await;
+        }
+    }
+
+    /// Tunnels of all threads, at most a second old.
+    pub fn tunnels(&self) -> Vec<TunnelStatus> {
+        self.threads
+            .iter()
+            .flat_map(|thread| thread.status().tunnels)
+            .collect()
+    }
+
+    /// Open connections per pod of this node, at most a second old.
+    pub fn connections(&self) -> HashMap<PodUid, usize> {
+        let mut sum = HashMap::new();
+        for thread in &self.threads {
+            for (uid, count) in thread.status().connections {
+                *sum.entry(uid).or_default() += count;
+            }
+        }
+        sum
+    }
+
+    /// Goodbye to all peers; open connections have until `deadline`, then they are reset. Accepting
+    /// goes on to the last moment. A second call returns at once.
+    pub async fn drain(&self, deadline: Duration) -> Drained {
+        let drain = self.drain.lock().take();
+        match drain {
+            Some(drain) => drain.drain(deadline).await,
+            None => Drained::Finished,
+        }
+    }
+}

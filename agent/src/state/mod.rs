@@ -12,6 +12,7 @@
 #![forbid(unsafe_code)]
 
 pub mod balance;
+mod describe;
 mod frontends;
 pub mod mesh;
 pub mod names;
@@ -20,5 +21,6 @@ pub mod policy;
 pub mod resolve;
 mod servers;
 
+pub use describe::PortWords;
 pub use mesh::{Mesh, MeshStore, Problem, Workload};
 pub use names::{Identity, ObjectKey, PodUid};

@@ -87,7 +87,7 @@ impl Captured {
         self.keep_members(&listeners)?;
         self.put_in_map(core)?;
         let event = PodEvent::Captured {
-            pod: Arc::clone(&self.handle),
+            pod: Arc::<PodHandle>::clone(&self.handle),
             listeners,
         };
         core.events

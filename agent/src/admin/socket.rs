@@ -1,0 +1,288 @@
+//! `admin.sock` in the run directory: one request, one answer, each a line of JSON. Only root may
+//! connect: the file is 0600, and the peer's uid is asked of the kernel besides.
+
+use std::{
+    fs, io,
+    os::unix::fs::{FileTypeExt, PermissionsExt},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use nix::unistd::geteuid;
+use thiserror::Error;
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    net::{UnixListener, UnixStream},
+    sync::Semaphore,
+    time::{sleep, timeout},
+};
+use tracing::{debug, warn};
+
+use crate::drain;
+
+use super::{Request, Response, SharedViews, Views};
+
+pub const NAME: &str = "admin.sock";
+
+const CONNECTIONS: usize = 16;
+const PATIENCE: Duration = Duration::from_secs(5);
+const MAX_REQUEST: u64 = 4 * 1024;
+
+#[derive(Debug, Error)]
+pub enum SocketError {
+    #[error("{path} is there and is no socket; move it away")]
+    Occupied { path: PathBuf },
+    #[error("cannot listen at {path}")]
+    Bind { path: PathBuf, source: io::Error },
+}
+
+/// Bound and not yet served.
+pub struct Server {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl Server {
+    /// Whoever binds holds the run directory's lock, so a socket found there is a dead agent's.
+    pub fn bind(run_dir: &Path) -> Result<Self, SocketError> {
+        let path = run_dir.join(NAME);
+        let failed = |source| SocketError::Bind {
+            path: path.clone(),
+            source,
+        };
+        match fs::symlink_metadata(&path) {
+            Ok(found) if !found.file_type().is_socket() => {
+                return Err(SocketError::Occupied { path });
+            }
+            Ok(_) => fs::remove_file(&path).map_err(failed)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(failed(error)),
+        }
+        let listener = UnixListener::bind(&path).map_err(failed)?;
+        // Nobody else gets so far before this is done: the directory is 0700.
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).map_err(failed)?;
+        Ok(Self { listener, path })
+    }
+
+    pub async fn serve(self, views: Views, mut drain: drain::Guard) {
+        let views: SharedViews = Arc::new(views);
+        let places = Arc::new(Semaphore::new(CONNECTIONS));
+        loop {
+            let place = places.clone().acquire_owned();
+            let accepted = async {
+                // The semaphore is never closed.
+                let place = place.await.ok();
+                (place, self.listener.accept().await)
+            };
+            let (place, accepted) = tokio::select! {
+                accepted = accepted => accepted,
+                // To the very end: a drain is what one wants to look at.
+                () = drain.forced() => break,
+            };
+            match accepted {
+                Ok((stream, _)) => {
+                    let views = views.clone();
+                    tokio::spawn(async move {
+                        let served = timeout(PATIENCE, serve_one(stream, &views)).await;
+                        match served {
+                            Ok(Ok(())) => {}
+                            Ok(Err(error)) => debug!(%error, "a caller of the admin socket broke"),
+                            Err(_) => debug!("a caller of the admin socket was too slow"),
+                        }
+                        drop(place);
+                    });
+                }
+                Err(error) => {
+                    warn!(%error, "a connection to the admin socket was not accepted");
+                    sleep(Duration::from_millis(100)).await;
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // The successor holds the lock only after we end, so it is ours that is removed.
+        if let Err(error) = fs::remove_file(&self.path) {
+            debug!(%error, "the admin socket was gone already");
+        }
+    }
+}
+
+async fn serve_one(mut stream: UnixStream, views: &SharedViews) -> io::Result<()> {
+    let peer = stream.peer_cred()?.uid();
+    let response = if peer != 0 && peer != geteuid().as_raw() {
+        Response::Error(format!("uid {peer} may not ask; only root may"))
+    } else {
+        let (reader, _) = stream.split();
+        let mut line = String::new();
+        BufReader::new(reader.take(MAX_REQUEST))
+            .read_line(&mut line)
+            .await?;
+        match serde_json::from_str::<Request>(&line) {
+            Ok(request) => {
+                let views = views.clone();
+                // Big answers take milliseconds; the runtime has other callers.
+                tokio::task::spawn_blocking(move || views.answer(request))
+                    .await
+                    .unwrap_or_else(|error| Response::Error(error.to_string()))
+            }
+            Err(error) => Response::Error(format!(
+                "the request is not understood ({error}); are agent and caller of one version?"
+            )),
+        }
+    };
+    let mut line = serde_json::to_vec(&response)?;
+    line.push(b'\n');
+    stream.write_all(&line).await?;
+    stream.shutdown().await
+}
+
+/// Asks the agent of `run_dir`.
+pub async fn ask(run_dir: &Path, request: &Request) -> Result<serde_json::Value, AskError> {
+    let path = run_dir.join(NAME);
+    let asked = timeout(PATIENCE * 2, ask_at(&path, request)).await;
+    match asked {
+        Ok(Ok(line)) => match serde_json::from_str(&line) {
+            Ok(Response::Ok(value)) => Ok(value),
+            Ok(Response::Error(reason)) => Err(AskError::Refused { reason }),
+            Err(_) => Err(AskError::Garbled { path }),
+        },
+        Ok(Err(source)) => match source.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+                Err(AskError::NoAgent { path })
+            }
+            io::ErrorKind::PermissionDenied => Err(AskError::NotRoot { path }),
+            _ => Err(AskError::Io { path, source }),
+        },
+        Err(_) => Err(AskError::Silent { path }),
+    }
+}
+
+async fn ask_at(path: &Path, request: &Request) -> io::Result<String> {
+    let mut stream = UnixStream::connect(path).await?;
+    let mut line = serde_json::to_vec(request)?;
+    line.push(b'\n');
+    stream.write_all(&line).await?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await?;
+    Ok(answer)
+}
+
+#[derive(Debug, Error)]
+pub enum AskError {
+    #[error("no agent answers at {path}; is it running, and is --run-dir the same?")]
+    NoAgent { path: PathBuf },
+    #[error("{path} is root's; ask as root")]
+    NotRoot { path: PathBuf },
+    #[error("the agent at {path} does not answer")]
+    Silent { path: PathBuf },
+    #[error("the agent at {path} answered something else than JSON")]
+    Garbled { path: PathBuf },
+    #[error("{reason}")]
+    Refused { reason: String },
+    #[error("talking to the agent at {path}")]
+    Io { path: PathBuf, source: io::Error },
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test may panic")]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn views() -> Views {
+        Views {
+            state: Box::new(|| json!({"version": 7})),
+            pods: Box::new(|| json!([{"name": "shop/cart"}])),
+            tunnels: Box::new(|| json!([])),
+            certificates: Box::new(|| json!([])),
+            policies: Box::new(|| json!([])),
+            log_level: None,
+        }
+    }
+
+    fn serve(dir: &Path) -> drain::Drain {
+        let server = Server::bind(dir).unwrap();
+        let (drain, guard) = drain::Drain::new();
+        tokio::spawn(server.serve(views(), guard));
+        drain
+    }
+
+    #[tokio::test]
+    async fn a_question_is_answered_and_many_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let _drain = serve(dir.path());
+        let asked = (0..50).map(|_| ask(dir.path(), &Request::Pods));
+        for answer in futures_util::future::join_all(asked).await {
+            assert_eq!(answer.unwrap(), json!([{"name": "shop/cart"}]));
+        }
+        let state = ask(dir.path(), &Request::State).await.unwrap();
+        assert_eq!(state["version"], 7);
+    }
+
+    #[tokio::test]
+    async fn the_socket_is_for_its_owner_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let _drain = serve(dir.path());
+        let mode = fs::metadata(dir.path().join(NAME)).unwrap().permissions();
+        assert_eq!(mode.mode() & 0o777, 0o600);
+    }
+
+    #[tokio::test]
+    async fn a_dead_agents_socket_is_replaced_and_a_file_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        drop(std::os::unix::net::UnixListener::bind(dir.path().join(NAME)).unwrap());
+        assert!(matches!(
+            ask(dir.path(), &Request::State).await,
+            Err(AskError::NoAgent { .. })
+        ));
+        let _drain = serve(dir.path());
+        ask(dir.path(), &Request::State).await.unwrap();
+
+        let other = tempfile::tempdir().unwrap();
+        fs::write(other.path().join(NAME), "precious").unwrap();
+        assert!(matches!(
+            Server::bind(other.path()),
+            Err(SocketError::Occupied { .. })
+        ));
+        assert_eq!(fs::read(other.path().join(NAME)).unwrap(), b"precious");
+    }
+
+    #[tokio::test]
+    async fn nonsense_and_oversize_are_answered_with_a_reason() {
+        let dir = tempfile::tempdir().unwrap();
+        let _drain = serve(dir.path());
+        for line in [
+            "{\"subject\":\"shutdown\"}\n".to_owned(),
+            "x".repeat(8_000) + "\n",
+        ] {
+            let mut stream = UnixStream::connect(dir.path().join(NAME)).await.unwrap();
+            // What is beyond the bound may meet a closed socket.
+            let _ = stream.write_all(line.as_bytes()).await;
+            let mut answer = Vec::new();
+            let _ = stream.read_to_end(&mut answer).await;
+            let answer = String::from_utf8(answer).unwrap();
+            assert!(answer.contains("is not understood"), "{answer}");
+        }
+    }
+
+    #[tokio::test]
+    async fn it_answers_while_the_agent_drains_and_is_gone_after() {
+        let dir = tempfile::tempdir().unwrap();
+        let server = Server::bind(dir.path()).unwrap();
+        let (drain, guard) = drain::Drain::new();
+        let slow = guard.clone();
+        let served = tokio::spawn(server.serve(views(), guard));
+        let drained = tokio::spawn(drain.drain(Duration::from_millis(200)));
+        sleep(Duration::from_millis(50)).await;
+        ask(dir.path(), &Request::State).await.unwrap();
+        drop(slow);
+        drained.await.unwrap();
+        served.await.unwrap();
+        assert!(!dir.path().join(NAME).exists());
+    }
+}

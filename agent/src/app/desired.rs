@@ -1,0 +1,248 @@
+//! From what we know to what must be: which pods the kernel should capture, which identities must
+//! be held, which pods' metrics may stay. Pure; time is an argument.
+
+use std::{
+    collections::{HashMap, HashSet},
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use picomesh_common::{PodConfig, PortRange, pod::MAX_SKIP_RANGES};
+
+use crate::{
+    datapath::{Desired, DesiredPod, PodStatus},
+    identity::Wanted,
+    state::{Identity, Mesh, PodUid, Workload},
+};
+
+/// Where the pods of this node live.
+pub type Netns = HashMap<PodUid, PathBuf>;
+
+/// How long an identity is held after its last pod left: a tunnel that others opened for it is
+/// served for a minute (they may not have heard), and a short absence costs no new certificate.
+const LINGER: Duration = Duration::from_secs(90);
+
+/// The pods to capture, and those that cannot be: nobody knows where they live.
+pub struct Pods {
+    pub desired: Desired,
+    pub lost: Vec<PodStatus>,
+}
+
+pub fn pods(mesh: &Mesh, netns: &Netns) -> Pods {
+    let mut desired = Vec::new();
+    let mut lost = Vec::new();
+    for workload in local_meshed(mesh) {
+        let name = workload.key.to_string();
+        match netns.get(&workload.uid) {
+            Some(path) => desired.push(DesiredPod {
+                uid: workload.uid.clone(),
+                name,
+                ips: workload.ips.clone(),
+                config: config(workload),
+                netns: path.clone(),
+            }),
+            None => lost.push(PodStatus {
+                uid: workload.uid.to_string(),
+                name,
+                slot: None,
+                state: "failed",
+                reason: Some((
+                    "no_netns",
+                    "its network namespace is not known: set annotation picomesh.io/netns".into(),
+                )),
+                repairs: 0,
+                counters: Vec::new(),
+            }),
+        }
+    }
+    // The order of the map is nobody's; a stable one keeps slots and logs readable.
+    desired.sort_by(|a, b| a.name.cmp(&b.name).then_with(|| a.uid.cmp(&b.uid)));
+    lost.sort_by(|a, b| a.name.cmp(&b.name));
+    Pods {
+        desired: Arc::new(desired),
+        lost,
+    }
+}
+
+/// Pods of this node, meshed or not: series of others may go.
+pub fn live(mesh: &Mesh) -> HashSet<PodUid> {
+    let local = mesh.workloads.values().filter(|workload| workload.local);
+    local.map(|workload| workload.uid.clone()).collect()
+}
+
+/// Remembers when each identity was last needed.
+#[derive(Debug, Default)]
+pub struct Identities {
+    last: HashMap<Identity, Instant>,
+}
+
+impl Identities {
+    pub fn wanted(&mut self, mesh: &Mesh, now: Instant) -> Wanted {
+        for workload in local_meshed(mesh) {
+            self.last.insert(workload.identity.clone(), now);
+        }
+        let fresh = |last: &Instant| now.saturating_duration_since(*last) < LINGER;
+        self.last.retain(|_, last| fresh(last));
+        self.last.keys().cloned().collect()
+    }
+}
+
+fn local_meshed(mesh: &Mesh) -> impl Iterator<Item = &Arc<Workload>> {
+    let all = mesh.workloads.values();
+    all.filter(|workload| workload.local && workload.meshed && !workload.host_network)
+}
+
+fn config(workload: &Workload) -> PodConfig {
+    PodConfig {
+        skip_outbound: ranges(&workload.skip_outbound),
+        skip_inbound: ranges(&workload.skip_inbound),
+        ..PodConfig::EMPTY
+    }
+}
+
+/// More than fit were refused when the annotation was read.
+fn ranges(list: &[PortRange]) -> [PortRange; MAX_SKIP_RANGES] {
+    let mut ranges = [PortRange::UNUSED; MAX_SKIP_RANGES];
+    for (place, range) in ranges.iter_mut().zip(list) {
+        *place = *range;
+    }
+    ranges
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test may panic")]
+mod tests {
+    use crate::state::objects::{
+        DefaultPolicy, MeshSettings, Namespace, Objects, OutboundDefault, Pod, Words,
+    };
+    use crate::state::ObjectKey;
+
+    use super::*;
+
+    fn key(namespace: &str, name: &str) -> ObjectKey {
+        ObjectKey {
+            cluster: Arc::from("main"),
+            namespace: Arc::from(namespace),
+            name: Arc::from(name),
+        }
+    }
+
+    fn pod(name: &str, node: &str, account: &str) -> Pod {
+        Pod {
+            key: key("shop", name),
+            uid: Arc::from(format!("uid-{name}")),
+            node: Some(Arc::from(node)),
+            ips: vec!["10.1.0.1".parse().unwrap()],
+            host_network: false,
+            service_account: Arc::from(account),
+            labels: Default::default(),
+            words: Words {
+                skip_outbound: Some(vec![PortRange {
+                    first: 25,
+                    last: 25,
+                }]),
+                ..Words::default()
+            },
+            ports: Vec::new(),
+            ready: true,
+            terminal: false,
+            terminating: false,
+            owner: None,
+        }
+    }
+
+    fn mesh(pods: Vec<Pod>) -> Mesh {
+        let mut objects = Objects::default();
+        let namespace = Namespace {
+            key: key("", "shop"),
+            labels: Default::default(),
+            words: Words {
+                mesh: Some(true),
+                ..Words::default()
+            },
+        };
+        let namespace_key = namespace.key.clone();
+        objects.namespaces.insert(namespace_key, Arc::new(namespace));
+        for (n, mut pod) in pods.into_iter().enumerate() {
+            pod.ips = vec![[10, 1, 0, n as u8 + 1].into()];
+            objects.pods.insert(pod.uid.clone(), Arc::new(pod));
+        }
+        let settings = MeshSettings {
+            cluster: Arc::from("main"),
+            cluster_domain: Arc::from("cluster.local"),
+            trust_domain: Arc::from("cluster.local"),
+            node: Arc::from("n1"),
+            default_inbound_policy: DefaultPolicy::default(),
+            outbound_default: OutboundDefault::default(),
+            cluster_networks: Vec::new(),
+        };
+        Mesh::build(Arc::new(settings), 1, &objects)
+    }
+
+    fn names(wanted: &Wanted) -> Vec<String> {
+        wanted
+            .iter()
+            .map(|identity| identity.service_account.to_string())
+            .collect()
+    }
+
+    #[test]
+    fn only_meshed_pods_of_this_node_are_captured_with_their_ports_skipped() {
+        let mut host = pod("host", "n1", "a");
+        host.host_network = true;
+        let mut out = pod("out", "n1", "a");
+        out.words.mesh = Some(false);
+        let mesh = mesh(vec![
+            pod("b", "n1", "a"),
+            pod("a", "n1", "a"),
+            pod("elsewhere", "n2", "a"),
+            host,
+            out,
+        ]);
+        let netns = mesh
+            .workloads
+            .keys()
+            .map(|uid| (uid.clone(), PathBuf::from(format!("/ns/{uid}"))))
+            .collect();
+        let pods = pods(&mesh, &netns);
+        let names: Vec<_> = pods.desired.iter().map(|pod| &*pod.name).collect();
+        assert_eq!(names, ["shop/a", "shop/b"]);
+        assert!(pods.lost.is_empty());
+        let first = &pods.desired[0];
+        assert_eq!(first.netns, PathBuf::from("/ns/uid-a"));
+        assert!(first.config.skip_outbound[0].contains(25));
+        assert_eq!(first.config.skip_outbound[1], PortRange::UNUSED);
+        assert_eq!(first.config.skip_inbound[0], PortRange::UNUSED);
+    }
+
+    #[test]
+    fn a_pod_whose_place_is_unknown_is_reported_as_failed() {
+        let mesh = mesh(vec![pod("a", "n1", "a")]);
+        let pods = pods(&mesh, &Netns::new());
+        assert!(pods.desired.is_empty());
+        assert_eq!(pods.lost[0].state, "failed");
+        assert_eq!(pods.lost[0].reason.as_ref().unwrap().0, "no_netns");
+    }
+
+    #[test]
+    fn an_identity_outlives_its_last_pod_for_a_while() {
+        let with = mesh(vec![pod("a", "n1", "cart"), pod("b", "n2", "db")]);
+        let without = mesh(Vec::new());
+        let mut identities = Identities::default();
+        let start = Instant::now();
+        assert_eq!(names(&identities.wanted(&with, start)), ["cart"]);
+        let soon = start + LINGER - Duration::from_secs(1);
+        assert_eq!(names(&identities.wanted(&without, soon)), ["cart"]);
+        let late = start + LINGER;
+        assert!(identities.wanted(&without, late).is_empty());
+    }
+
+    #[test]
+    fn live_pods_are_those_of_the_node_meshed_or_not() {
+        let mut out = pod("out", "n1", "a");
+        out.words.mesh = Some(false);
+        let mesh = mesh(vec![out, pod("b", "n2", "a")]);
+        assert_eq!(live(&mesh), HashSet::from([Arc::from("uid-out")]));
+    }
+}

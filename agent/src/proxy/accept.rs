@@ -1,0 +1,131 @@
+//! Listeners and the accept loop. An accept error never ends a loop; running out of descriptors or
+//! memory makes it wait a moment, so that it does not spin.
+
+use std::{
+    future::Future,
+    io,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    pin::pin,
+    time::Duration,
+};
+
+use futures_util::FutureExt;
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use tokio::net::{TcpListener, TcpStream};
+
+use super::{ProxySettings, StartError};
+
+const BACKLOG: i32 = 4096;
+const FIRST_PAUSE: Duration = Duration::from_millis(5);
+const LONGEST_PAUSE: Duration = Duration::from_millis(500);
+
+/// Accepts until `stop`, then takes what is still queued, so that nobody is turned away who was
+/// here before the end. `failed` hears of every error's fixed word.
+pub(super) async fn accept(
+    listener: TcpListener,
+    stop: impl Future<Output = ()>,
+    serve: impl Fn(TcpStream, SocketAddr),
+    failed: impl Fn(&'static str),
+) {
+    let mut stop = pin!(stop);
+    let mut pause = FIRST_PAUSE;
+    loop {
+        let accepted = tokio::select! {
+            biased;
+            accepted = listener.accept() => accepted,
+            () = &mut stop => break,
+        };
+        match accepted {
+            Ok((stream, peer)) => {
+                pause = FIRST_PAUSE;
+                serve(stream, peer);
+            }
+            Err(error) => {
+                failed(word(&error));
+                if is_shortage(&error) {
+                    tracing::warn!(%error, ?pause, "cannot accept for now");
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(LONGEST_PAUSE);
+                } else {
+                    tracing::debug!(%error, "a connection died before it was accepted");
+                    // Unknown errors could repeat at once: let the others have a turn.
+                    tokio::task::yield_now().await;
+                }
+            }
+        }
+    }
+    while let Some(Ok((stream, peer))) = listener.accept().now_or_never() {
+        serve(stream, peer);
+    }
+}
+
+/// Errors that last until somebody gives something back.
+fn is_shortage(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(nix::libc::EMFILE | nix::libc::ENFILE | nix::libc::ENOBUFS | nix::libc::ENOMEM)
+    )
+}
+
+fn word(error: &io::Error) -> &'static str {
+    if is_shortage(error) {
+        "accept_shortage"
+    } else {
+        "accept_failed"
+    }
+}
+
+/// One set of tunnel listeners per thread, by SO_REUSEPORT, and where they stand.
+pub(super) fn tunnel_listeners(
+    settings: &ProxySettings,
+) -> Result<(Vec<Vec<std::net::TcpListener>>, Vec<SocketAddr>), StartError> {
+    let mut sets: Vec<Vec<std::net::TcpListener>> =
+        (0..settings.threads.max(1)).map(|_| Vec::new()).collect();
+    let mut addresses = Vec::new();
+    for wanted in wanted(settings) {
+        let failed = |source| StartError::Listen {
+            address: wanted,
+            source,
+        };
+        // Port 0: the first bind draws it, the other threads join.
+        let mut address = wanted;
+        for set in &mut sets {
+            let listener = listen(address).map_err(failed)?;
+            address = listener.local_addr().map_err(failed)?;
+            set.push(listener);
+        }
+        addresses.push(address);
+    }
+    Ok((sets, addresses))
+}
+
+fn wanted(settings: &ProxySettings) -> Vec<SocketAddr> {
+    if !settings.tunnel_listen.is_empty() {
+        return settings.tunnel_listen.clone();
+    }
+    // With `ipv6.disable=1` there is no IPv6 socket at all.
+    if Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::TCP)).is_ok() {
+        vec![(Ipv6Addr::UNSPECIFIED, settings.tunnel_port).into()]
+    } else {
+        vec![(Ipv4Addr::UNSPECIFIED, settings.tunnel_port).into()]
+    }
+}
+
+fn listen(address: SocketAddr) -> io::Result<std::net::TcpListener> {
+    let socket = Socket::new(
+        Domain::for_address(address),
+        Type::STREAM,
+        Some(Protocol::TCP),
+    )?;
+    socket.set_reuse_address(true)?;
+    socket.set_reuse_port(true)?;
+    if address.is_ipv6() {
+        socket.set_only_v6(!address.ip().is_unspecified())?;
+    }
+    socket.set_nonblocking(true)?;
+    socket.set_tcp_nodelay(true)?;
+    super::tcp::watch_over(&SockRef::from(&socket))?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}

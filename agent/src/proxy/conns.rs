@@ -1,0 +1,179 @@
+//! The open connections of one data thread: who they are, and the way to end them from outside.
+//!
+//! A connection registers when it is decided and leaves by dropping its [`Conn`]. On every new
+//! mesh the thread asks [`Conns::reconsider`], which decides again for each connection into a pod
+//! of this node with the same code as at its beginning and ends those that are now forbidden.
+//! Nothing here knows bytes.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    rc::{Rc, Weak},
+    task::{Context, Poll, Waker},
+};
+
+use super::{authz, reason::Reason};
+use crate::state::{Mesh, PodUid, policy::Client};
+
+/// A table that had room for more than this gives it back when it is empty.
+const CROWD: usize = 4096;
+
+/// All connections of a thread.
+pub(super) struct Conns {
+    entries: RefCell<HashMap<u64, Weak<Conn>>>,
+    next: Cell<u64>,
+    /// Wakes the thread's drain when the last connection is gone.
+    emptied: tokio::sync::Notify,
+}
+
+/// One open connection, as others see it.
+pub(super) struct Conn {
+    conns: Rc<Conns>,
+    id: u64,
+    /// The pods of this node it belongs to: the caller, the callee or both.
+    caller: Option<PodUid>,
+    callee: Option<Callee>,
+    aborted: Cell<Option<Reason>>,
+    waker: RefCell<Option<Waker>>,
+}
+
+/// The local pod a connection goes to, and who was let in.
+pub(super) struct Callee {
+    pub(super) uid: PodUid,
+    pub(super) client: Client,
+    pub(super) port: u16,
+}
+
+impl Conns {
+    pub(super) fn new() -> Rc<Self> {
+        Rc::new(Self {
+            entries: RefCell::new(HashMap::new()),
+            next: Cell::new(0),
+            emptied: tokio::sync::Notify::new(),
+        })
+    }
+
+    pub(super) fn open(
+        self: &Rc<Self>,
+        caller: Option<PodUid>,
+        callee: Option<Callee>,
+    ) -> Rc<Conn> {
+        let id = self.next.get();
+        self.next.set(id + 1);
+        let conn = Rc::new(Conn {
+            conns: Rc::clone(self),
+            id,
+            caller,
+            callee,
+            aborted: Cell::new(None),
+            waker: RefCell::new(None),
+        });
+        self.entries.borrow_mut().insert(id, Rc::downgrade(&conn));
+        conn
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.entries.borrow().len()
+    }
+
+    /// Returns when no connection is open.
+    pub(super) async fn empty(&self) {
+        while self.len() > 0 {
+            self.emptied.notified().await;
+        }
+    }
+
+    /// Ends what `mesh` forbids, and what belongs to a pod that is no more.
+    pub(super) fn reconsider(&self, mesh: &Mesh) {
+        self.abort_where(|conn| {
+            if let Some(callee) = &conn.callee {
+                let Some(workload) = mesh.workloads.get(&callee.uid) else {
+                    return Some(Reason::PodGone);
+                };
+                // Who has left the mesh keeps what stands (rule 12).
+                if workload.meshed && authz::decide(workload, &callee.client, callee.port).is_err()
+                {
+                    return Some(Reason::PolicyChanged);
+                }
+            }
+            if let Some(caller) = &conn.caller
+                && !mesh.workloads.contains_key(caller)
+            {
+                return Some(Reason::PodGone);
+            }
+            None
+        });
+    }
+
+    pub(super) fn abort_all(&self, reason: Reason) {
+        self.abort_where(|_| Some(reason));
+    }
+
+    fn abort_where(&self, why: impl Fn(&Conn) -> Option<Reason>) {
+        // Waking never runs anything here, so the borrow is safe; dropping the last reference to a
+        // connection would change the table, therefore they are collected first.
+        let conns: Vec<Rc<Conn>> = self
+            .entries
+            .borrow()
+            .values()
+            .filter_map(Weak::upgrade)
+            .collect();
+        for conn in conns {
+            if let Some(reason) = why(&conn) {
+                conn.abort(reason);
+            }
+        }
+    }
+
+    /// Open connections per pod of this node.
+    pub(super) fn per_pod(&self) -> HashMap<PodUid, usize> {
+        let mut counts = HashMap::new();
+        for conn in self.entries.borrow().values().filter_map(Weak::upgrade) {
+            let callee = conn.callee.as_ref().map(|callee| &callee.uid);
+            for uid in conn.caller.iter().chain(callee) {
+                *counts.entry(PodUid::clone(uid)).or_default() += 1;
+            }
+        }
+        counts
+    }
+}
+
+impl Conn {
+    fn abort(&self, reason: Reason) {
+        if self.aborted.get().is_none() {
+            self.aborted.set(Some(reason));
+            if let Some(waker) = self.waker.borrow_mut().take() {
+                waker.wake();
+            }
+        }
+    }
+
+    /// Ready when the connection must end now. A connection lives in one task, so the waker is
+    /// stored once.
+    pub(super) fn poll_aborted(&self, cx: &mut Context<'_>) -> Poll<Reason> {
+        if let Some(reason) = self.aborted.get() {
+            return Poll::Ready(reason);
+        }
+        let mut waker = self.waker.borrow_mut();
+        if !waker
+            .as_ref()
+            .is_some_and(|waker| waker.will_wake(cx.waker()))
+        {
+            *waker = Some(cx.waker().clone());
+        }
+        Poll::Pending
+    }
+}
+
+impl Drop for Conn {
+    fn drop(&mut self) {
+        let mut entries = self.conns.entries.borrow_mut();
+        entries.remove(&self.id);
+        if entries.is_empty() {
+            if entries.capacity() > CROWD {
+                *entries = HashMap::new();
+            }
+            self.conns.emptied.notify_waiters();
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! The room as a whole, in process: real TLS and real sockets on loopback addresses.

@@ -1,0 +1,435 @@
+//! The data threads: one per core, each with everything a flow needs, so that no flow leaves its
+//! thread and no lock is shared on its way.
+//!
+//! A thread is told by bounded channel which pods to serve. Beside the connections it runs two
+//! small tasks: one decides again on every new mesh, one looks after tunnels and status once a
+//! second.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    io,
+    net::SocketAddr,
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use parking_lot::Mutex;
+use tokio::{
+    net::{TcpListener, TcpStream},
+    runtime::{Builder, LocalOptions},
+    sync::{Notify, mpsc, oneshot},
+    task::spawn_local,
+};
+
+use super::{
+    COMMANDS, ProxySettings, Surroundings, accept,
+    conns::Conns,
+    copy::Scratch,
+    inbound, outbound,
+    reason::Reason,
+    tcp,
+    tunnel::{Admission, Pool, Port, TunnelStatus, Tunnels, server},
+};
+use crate::{
+    access_log::AccessLog,
+    datapath::{PodListeners, PodSockets},
+    drain::Guard,
+    identity::Identities,
+    metrics::{Direction, Recorder},
+    state::{Mesh, MeshStore, PodUid, balance::Affinity},
+};
+
+const TICK: Duration = Duration::from_secs(1);
+
+/// What a thread is told.
+pub(super) enum Command {
+    Captured {
+        pod: Arc<dyn PodSockets>,
+        listeners: PodListeners,
+        done: oneshot::Sender<()>,
+    },
+    Released {
+        uid: PodUid,
+        done: oneshot::Sender<()>,
+    },
+}
+
+/// What few connections need and all threads share.
+#[derive(Default)]
+pub(super) struct Shared {
+    /// Handshakes nobody has proven anything in yet. Locked once per handshake.
+    pub(super) admission: Arc<Admission>,
+    /// Locked per connection to a Service with session affinity only.
+    pub(super) affinity: Mutex<Affinity>,
+}
+
+/// What a thread needs to begin.
+pub(super) struct Start {
+    pub(super) index: usize,
+    pub(super) listeners: Vec<std::net::TcpListener>,
+    pub(super) settings: Arc<ProxySettings>,
+    pub(super) around: Surroundings,
+    pub(super) shared: Arc<Shared>,
+    pub(super) drain: Guard,
+}
+
+/// What a thread shows, refreshed once a second.
+#[derive(Clone, Debug, Default)]
+pub(super) struct ThreadStatus {
+    pub(super) tunnels: Vec<TunnelStatus>,
+    pub(super) connections: HashMap<PodUid, usize>,
+}
+
+/// Held by the room's handle; the thread ends with its drain.
+pub(super) struct ThreadHandle {
+    commands: mpsc::Sender<Command>,
+    status: Arc<Mutex<ThreadStatus>>,
+}
+
+impl ThreadHandle {
+    pub(super) async fn send(&self, command: Command) {
+        // A thread that has ended serves nobody, and whoever waits for an answer sees it dropped.
+        let _ended = self.commands.send(command).await;
+    }
+
+    pub(super) fn status(&self) -> ThreadStatus {
+        self.status.lock().clone()
+    }
+}
+
+/// Everything that the connections of one thread share.
+pub(super) struct Thread {
+    pub(super) settings: Arc<ProxySettings>,
+    pub(super) mesh: Arc<MeshStore>,
+    pub(super) identities: Identities,
+    pub(super) access_log: AccessLog,
+    pub(super) recorder: Rc<Recorder>,
+    pub(super) shared: Arc<Shared>,
+    pub(super) scratch: Rc<Scratch>,
+    pub(super) conns: Rc<Conns>,
+    pub(super) pool: Pool,
+    /// Tunnels that others opened to us.
+    pub(super) tunnels: Tunnels,
+    pub(super) loads: Loads,
+    pods: RefCell<HashMap<PodUid, Rc<Pod>>>,
+    /// Pods of this node that were meshed a while ago, and until when that counts.
+    left: RefCell<HashMap<PodUid, Instant>>,
+}
+
+/// A captured pod, as one thread serves it.
+pub(super) struct Pod {
+    pub(super) sockets: Arc<dyn PodSockets>,
+    stop: Notify,
+    stopped: Cell<bool>,
+}
+
+impl Pod {
+    async fn stopped(&self) {
+        while !self.stopped.get() {
+            self.stop.notified().await;
+        }
+    }
+
+    fn stop(&self) {
+        self.stopped.set(true);
+        self.stop.notify_waiters();
+    }
+}
+
+/// Open connections per endpoint, for balancing. Each thread counts its own: connections spread
+/// evenly over the threads, so the comparison comes out the same without sharing a cache line.
+#[derive(Default)]
+pub(super) struct Loads {
+    open: RefCell<HashMap<SocketAddr, usize>>,
+}
+
+/// One connection to an endpoint; counts until it is dropped.
+pub(super) struct Load {
+    thread: Rc<Thread>,
+    endpoint: SocketAddr,
+}
+
+impl Loads {
+    pub(super) fn open(&self, endpoint: SocketAddr) -> usize {
+        self.open.borrow().get(&endpoint).copied().unwrap_or(0)
+    }
+}
+
+impl Load {
+    pub(super) fn new(thread: &Rc<Thread>, endpoint: SocketAddr) -> Self {
+        *thread.loads.open.borrow_mut().entry(endpoint).or_default() += 1;
+        Self {
+            thread: Rc::clone(thread),
+            endpoint,
+        }
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        let mut open = self.thread.loads.open.borrow_mut();
+        if let Some(count) = open.get_mut(&self.endpoint) {
+            *count -= 1;
+            if *count == 0 {
+                open.remove(&self.endpoint);
+            }
+        }
+    }
+}
+
+impl Thread {
+    pub(super) fn mesh(&self) -> Arc<Mesh> {
+        Arc::clone(&self.mesh.load())
+    }
+
+    /// How to make sockets in a pod, if it is captured.
+    pub(super) fn pod(&self, uid: &PodUid) -> Option<Rc<Pod>> {
+        self.pods.borrow().get(uid).cloned()
+    }
+
+    /// Did this pod of our node leave the mesh so lately that callers may not know yet?
+    pub(super) fn left_lately(&self, uid: &PodUid) -> bool {
+        self.left
+            .borrow()
+            .get(uid)
+            .is_some_and(|until| Instant::now() < *until)
+    }
+}
+
+/// Starts a data thread. It ends when its drain is over.
+pub(super) fn spawn(start: Start) -> io::Result<ThreadHandle> {
+    drop(
+        Builder::new_current_thread()
+            .enable_all()
+            .build_local(LocalOptions::default())?,
+    );
+    let (sender, commands) = mpsc::channel(COMMANDS);
+    let status = Arc::new(Mutex::new(ThreadStatus::default()));
+    let handle = ThreadHandle {
+        commands: sender,
+        status: Arc::clone(&status),
+    };
+    std::thread::Builder::new()
+        .name(format!("data-{}", start.index))
+        .spawn(move || {
+            // A runtime of this kind must be made where it runs. That it can be made was tried above.
+            let runtime = Builder::new_current_thread()
+                .enable_all()
+                .build_local(LocalOptions::default());
+            match runtime {
+                Ok(runtime) => runtime.block_on(run(start, commands, status)),
+                Err(error) => {
+                    tracing::error!(%error, "a data thread cannot start: too few descriptors")
+                }
+            }
+        })?;
+    Ok(handle)
+}
+
+async fn run(
+    start: Start,
+    mut commands: mpsc::Receiver<Command>,
+    status: Arc<Mutex<ThreadStatus>>,
+) {
+    let Start {
+        index,
+        listeners,
+        settings,
+        around,
+        shared,
+        mut drain,
+    } = start;
+    let thread = Rc::new(Thread {
+        settings,
+        identities: around.identities,
+        access_log: around.access_log,
+        recorder: Rc::new(around.metrics.recorder(index)),
+        mesh: around.mesh,
+        shared,
+        scratch: Scratch::new(),
+        conns: Conns::new(),
+        pool: Pool::default(),
+        tunnels: Tunnels::default(),
+        loads: Loads::default(),
+        pods: RefCell::new(HashMap::new()),
+        left: RefCell::new(HashMap::new()),
+    });
+    for listener in listeners {
+        match TcpListener::from_std(listener) {
+            Ok(listener) => serve_tunnels(&thread, listener),
+            Err(error) => tracing::error!(%error, "cannot serve the tunnel port"),
+        }
+    }
+    spawn_local(follow_mesh(Rc::clone(&thread)));
+    spawn_local(tick(Rc::clone(&thread), status));
+
+    let begun = async {
+        drain.begun().await;
+        drain
+    };
+    tokio::pin!(begun);
+    let mut drain = loop {
+        tokio::select! {
+            command = commands.recv() => match command {
+                Some(command) => obey(&thread, command),
+                // The handle is gone; only the drain, whose trigger went with it, is left.
+                None => break begun.await,
+            },
+            drain = &mut begun => break drain,
+        }
+    };
+    thread.tunnels.say_goodbye();
+    // Commands are obeyed to the end: a pod that comes now is served too.
+    let finished = async {
+        thread.conns.empty().await;
+        thread.tunnels.empty().await;
+    };
+    tokio::pin!(finished);
+    loop {
+        tokio::select! {
+            () = &mut finished => return,
+            () = drain.forced() => break,
+            Some(command) = commands.recv() => obey(&thread, command),
+        }
+    }
+    thread.conns.abort_all(Reason::Drained);
+    // The connections learn of it, log it and send RST; the tunnels' RST_STREAM leave after them.
+    tokio::select! {
+        () = thread.conns.empty() => {}
+        () = tokio::time::sleep(TICK) => {}
+    }
+    for _ in 0..4 {
+        tokio::task::yield_now().await;
+    }
+}
+
+fn obey(thread: &Rc<Thread>, command: Command) {
+    // Whoever asked may have given up waiting: fine.
+    match command {
+        Command::Captured {
+            pod,
+            listeners,
+            done,
+        } => {
+            captured(thread, pod, listeners);
+            let _nobody = done.send(());
+        }
+        Command::Released { uid, done } => {
+            if let Some(pod) = thread.pods.borrow_mut().remove(&uid) {
+                pod.stop();
+            }
+            let _nobody = done.send(());
+        }
+    }
+}
+
+fn captured(thread: &Rc<Thread>, sockets: Arc<dyn PodSockets>, listeners: PodListeners) {
+    let uid = PodUid::clone(sockets.uid());
+    let pod = Rc::new(Pod {
+        sockets,
+        stop: Notify::new(),
+        stopped: Cell::new(false),
+    });
+    for (direction, set) in [
+        (Direction::Outbound, listeners.outbound),
+        (Direction::Inbound, listeners.inbound),
+    ] {
+        for listener in set {
+            let prepared =
+                tcp::prepare_listener(&listener).and_then(|()| TcpListener::from_std(listener));
+            match prepared {
+                Ok(listener) => serve_pod(thread, &pod, direction, listener),
+                Err(error) => {
+                    tracing::error!(pod = %uid, %error, "cannot serve a listener of the pod");
+                    thread.recorder.error(direction, None, "listener_failed");
+                }
+            }
+        }
+    }
+    // After an adoption the old listeners finish their queues and close.
+    if let Some(before) = thread.pods.borrow_mut().insert(uid, pod) {
+        before.stop();
+    }
+}
+
+fn serve_pod(thread: &Rc<Thread>, pod: &Rc<Pod>, direction: Direction, listener: TcpListener) {
+    let thread = Rc::clone(thread);
+    let pod = Rc::clone(pod);
+    spawn_local(async move {
+        let serve = |stream: TcpStream, peer: SocketAddr| {
+            let (thread, pod) = (Rc::clone(&thread), Rc::clone(&pod));
+            let peer = canonical(peer);
+            match direction {
+                Direction::Outbound => {
+                    drop(spawn_local(outbound::serve(thread, pod, stream, peer)))
+                }
+                Direction::Inbound => drop(spawn_local(inbound::serve(thread, pod, stream, peer))),
+            }
+        };
+        let failed = |word| thread.recorder.error(direction, None, word);
+        accept::accept(listener, pod.stopped(), serve, failed).await;
+    });
+}
+
+fn serve_tunnels(thread: &Rc<Thread>, listener: TcpListener) {
+    let thread = Rc::clone(thread);
+    spawn_local(async move {
+        let serve = |stream: TcpStream, peer: SocketAddr| {
+            let thread = Rc::clone(&thread);
+            spawn_local(server::serve(thread, stream, canonical(peer), Port::Node));
+        };
+        let failed = |word| thread.recorder.error(Direction::Inbound, None, word);
+        accept::accept(listener, std::future::pending(), serve, failed).await;
+    });
+}
+
+/// Every new mesh: end what is now forbidden, and remember who has just left.
+async fn follow_mesh(thread: Rc<Thread>) {
+    let mut changed = thread.mesh.subscribe();
+    let mut before = thread.mesh();
+    while changed.changed().await.is_ok() {
+        let now = thread.mesh();
+        thread.conns.reconsider(&now);
+        remember_leavers(&thread, &before, &now);
+        before = now;
+    }
+}
+
+fn remember_leavers(thread: &Thread, before: &Mesh, now: &Mesh) {
+    let until = Instant::now() + thread.settings.timing.recently_meshed;
+    let mut left = thread.left.borrow_mut();
+    left.retain(|_, until| Instant::now() < *until);
+    for (uid, workload) in &before.workloads {
+        let still = now
+            .workloads
+            .get(uid)
+            .is_some_and(|workload| workload.meshed);
+        if workload.local && workload.meshed && !still {
+            left.insert(PodUid::clone(uid), until);
+        }
+    }
+}
+
+async fn tick(thread: Rc<Thread>, status: Arc<Mutex<ThreadStatus>>) {
+    let mut ticks = tokio::time::interval(TICK);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        thread.pool.tidy(&thread);
+        thread.tunnels.tidy(2 * thread.settings.timing.tunnel_idle);
+        let mut tunnels = thread.pool.status();
+        tunnels.extend(thread.tunnels.status());
+        let now = ThreadStatus {
+            tunnels,
+            connections: thread.conns.per_pod(),
+        };
+        *status.lock() = now;
+    }
+}
+
+/// An IPv4 peer on a dual-stack listener is an IPv4 peer.
+pub(super) fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}

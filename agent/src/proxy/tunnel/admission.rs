@@ -1,0 +1,246 @@
+//! What strangers may cost: how many handshakes may be pending, and who goes when there are too
+//! many.
+//!
+//! Until a handshake is done nobody has proven anything, so each source (IPv6: each /64) and all
+//! together are bounded, and half of all places is kept for addresses of the cluster's nodes.
+//! When a bound is reached the oldest of the largest source goes: an honest handshake takes
+//! milliseconds, so whoever has waited longest in the largest crowd is the least likely to be one.
+//! The newcomer's own source counts, so that a flood pushes out itself first.
+
+use std::{
+    collections::HashMap,
+    net::{IpAddr, Ipv6Addr},
+    sync::Arc,
+};
+
+use parking_lot::Mutex;
+use tokio::sync::oneshot;
+
+const PER_SOURCE: usize = 64;
+const IN_ALL: usize = 1024;
+/// Places that only addresses of nodes can take.
+const KEPT_FOR_NODES: usize = IN_ALL / 2;
+
+/// All pending handshakes of the process.
+#[derive(Default)]
+pub(in crate::proxy) struct Admission {
+    pending: Mutex<Pending>,
+}
+
+#[derive(Default)]
+struct Pending {
+    sources: HashMap<IpAddr, Source>,
+    next: u64,
+    strangers: usize,
+    nodes: usize,
+}
+
+#[derive(Default)]
+struct Source {
+    node: bool,
+    /// Oldest first; dropping the sender ends the handshake.
+    handshakes: Vec<(u64, oneshot::Sender<()>)>,
+}
+
+/// A place among the pending; given back when dropped.
+pub(super) struct Place {
+    admission: Arc<Admission>,
+    source: IpAddr,
+    id: u64,
+    evicted: oneshot::Receiver<()>,
+}
+
+impl Admission {
+    /// Always admits; somebody else may have to go for it.
+    pub(super) fn enter(self: &Arc<Self>, peer: IpAddr, node: bool) -> Place {
+        let source = block(peer);
+        let (keep, evicted) = oneshot::channel();
+        let mut pending = self.pending.lock();
+        let id = pending.next;
+        pending.next += 1;
+        pending.add(source, node, id, keep);
+        pending.make_room(source, node);
+        Place {
+            admission: Arc::clone(self),
+            source,
+            id,
+            evicted,
+        }
+    }
+}
+
+impl Place {
+    /// Returns when somebody else got the place.
+    pub(super) async fn evicted(&mut self) {
+        let _dropped = (&mut self.evicted).await;
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.admission.pending.lock().remove(self.source, self.id);
+    }
+}
+
+impl Pending {
+    fn add(&mut self, address: IpAddr, node: bool, id: u64, keep: oneshot::Sender<()>) {
+        let source = self.sources.entry(address).or_default();
+        if source.handshakes.is_empty() {
+            source.node = node;
+        }
+        source.handshakes.push((id, keep));
+        *if source.node {
+            &mut self.nodes
+        } else {
+            &mut self.strangers
+        } += 1;
+    }
+
+    fn remove(&mut self, address: IpAddr, id: u64) {
+        let Some(source) = self.sources.get_mut(&address) else {
+            return;
+        };
+        let before = source.handshakes.len();
+        source.handshakes.retain(|(other, _)| *other != id);
+        let removed = before - source.handshakes.len();
+        *if source.node {
+            &mut self.nodes
+        } else {
+            &mut self.strangers
+        } -= removed;
+        if source.handshakes.is_empty() {
+            self.sources.remove(&address);
+        }
+    }
+
+    fn make_room(&mut self, newcomer: IpAddr, node: bool) {
+        if self
+            .sources
+            .get(&newcomer)
+            .is_some_and(|source| source.handshakes.len() > PER_SOURCE)
+        {
+            return self.evict_oldest(newcomer);
+        }
+        let full = self.strangers + self.nodes > IN_ALL;
+        if self.strangers > IN_ALL - KEPT_FOR_NODES || (full && self.strangers > 0 && node) {
+            self.evict_from_largest(false);
+        } else if full {
+            self.evict_from_largest(true);
+        }
+    }
+
+    fn evict_from_largest(&mut self, node: bool) {
+        let largest = self
+            .sources
+            .iter()
+            .filter(|(_, source)| source.node == node)
+            .max_by_key(|(_, source)| source.handshakes.len())
+            .map(|(address, _)| *address);
+        if let Some(largest) = largest {
+            self.evict_oldest(largest);
+        }
+    }
+
+    fn evict_oldest(&mut self, address: IpAddr) {
+        let oldest = self
+            .sources
+            .get(&address)
+            .and_then(|source| source.handshakes.first())
+            .map(|(id, _)| *id);
+        if let Some(oldest) = oldest {
+            self.remove(address, oldest);
+        }
+    }
+}
+
+/// Whoever has one IPv6 address has its /64.
+fn block(peer: IpAddr) -> IpAddr {
+    match peer.to_canonical() {
+        IpAddr::V4(ip) => ip.into(),
+        IpAddr::V6(ip) => Ipv6Addr::from_bits(ip.to_bits() & !u128::from(u64::MAX)).into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+
+    fn v4(n: u32) -> IpAddr {
+        std::net::Ipv4Addr::from_bits(0x0a00_0000 + n).into()
+    }
+
+    fn gone(place: &mut Place) -> bool {
+        place.evicted().now_or_never().is_some()
+    }
+
+    #[test]
+    fn a_source_loses_its_own_oldest_when_it_takes_too_many() {
+        let admission = Arc::new(Admission::default());
+        let mut other = admission.enter(v4(2), false);
+        let mut flood: Vec<_> = (0..PER_SOURCE + 1)
+            .map(|_| admission.enter(v4(1), false))
+            .collect();
+        assert!(gone(&mut flood[0]));
+        assert!(!gone(&mut flood[1]));
+        assert!(!gone(&mut other));
+    }
+
+    #[test]
+    fn one_ipv6_network_is_one_source() {
+        let admission = Arc::new(Admission::default());
+        let mut places: Vec<_> = (0..PER_SOURCE as u16 + 1)
+            .map(|n| {
+                let ip = Ipv6Addr::new(0x2001, 0xdb8, 0, 1, n, 0, 0, 1);
+                admission.enter(ip.into(), false)
+            })
+            .collect();
+        assert!(gone(&mut places[0]));
+    }
+
+    #[test]
+    fn strangers_cannot_take_the_places_of_nodes() {
+        let admission = Arc::new(Admission::default());
+        let mut strangers: Vec<_> = (0..2000).map(|n| admission.enter(v4(n), false)).collect();
+        let held = strangers
+            .iter_mut()
+            .filter_map(|place| (!gone(place)).then_some(()))
+            .count();
+        assert_eq!(held, IN_ALL - KEPT_FOR_NODES);
+        let mut node = admission.enter(v4(9999), true);
+        assert!(!gone(&mut node));
+        let more = strangers
+            .iter_mut()
+            .filter_map(|place| (!gone(place)).then_some(()))
+            .count();
+        assert_eq!(more, held, "there was room for the node");
+    }
+
+    #[test]
+    fn the_largest_crowd_pays_first() {
+        let admission = Arc::new(Admission::default());
+        let mut single = admission.enter(v4(1), false);
+        let mut crowd: Vec<_> = (0..60).map(|_| admission.enter(v4(2), false)).collect();
+        let _rest: Vec<_> = (100..100 + 452)
+            .map(|n| admission.enter(v4(n), false))
+            .collect();
+        assert!(!gone(&mut single));
+        assert!(gone(&mut crowd[0]));
+        assert!(!gone(&mut crowd[59]));
+    }
+
+    #[test]
+    fn a_finished_handshake_gives_its_place_back() {
+        let admission = Arc::new(Admission::default());
+        for _ in 0..5000 {
+            let mut place = admission.enter(v4(1), false);
+            assert!(!gone(&mut place));
+        }
+        let pending = admission.pending.lock();
+        assert_eq!(
+            (pending.strangers, pending.nodes, pending.sources.len()),
+            (0, 0, 0)
+        );
+    }
+}

@@ -1,0 +1,583 @@
+//! Tunnels that others open: to the node's port for any pod here, or to a pod's own address.
+//!
+//! The server is a confused deputy unless told otherwise, so it believes four things only: the
+//! identity in the client's certificate, the identity that SNI asked for (we hold its key), the
+//! address that the TCP connection comes from, and our own mesh. A target must be a meshed pod of
+//! this node of exactly the identity asked for. The client's address that a request claims must
+//! belong to a pod of the client's identity on the node that the tunnel comes from.
+
+use std::{
+    cell::{Cell, RefCell},
+    future::poll_fn,
+    io,
+    net::{IpAddr, SocketAddr},
+    rc::Rc,
+    sync::Arc,
+    task::Waker,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use h2::{RecvStream, server::SendResponse};
+use http::{HeaderValue, Request, Response, StatusCode};
+use rustls::{CertificateError, ServerConfig, server::Acceptor};
+use tokio::{
+    net::TcpStream,
+    task::spawn_local,
+    time::{timeout, timeout_at},
+};
+use tokio_rustls::{LazyConfigAcceptor, server::TlsStream};
+
+use super::{TunnelStatus, hbone, wire::Wire};
+use crate::{
+    datapath::Source,
+    identity,
+    metrics::{Direction, FlowInfo, TlsStatus},
+    proxy::{
+        authz,
+        conns::{Callee, Conn},
+        copy::{Counted, Meter, Receive, Shared, StreamPump, Toward},
+        reason::{HEADER, Reason},
+        report::{Refusal, Report},
+        tcp::{self, TcpEnd},
+        threads::{Pod, Thread, canonical},
+    },
+    state::{
+        Identity, Mesh, Workload,
+        policy::{Client, ClientIdentity},
+    },
+};
+
+/// Where a tunnel came in.
+pub(in crate::proxy) enum Port {
+    /// The node's tunnel port: for any pod of this node.
+    Node,
+    /// A pod's own address: for that pod alone.
+    Pod(Rc<Pod>),
+}
+
+/// One tunnel that somebody opened to us.
+pub(super) struct ServerTunnel {
+    /// Proven by the client's certificate.
+    client: Identity,
+    /// What SNI asked for; we showed its certificate.
+    server: Identity,
+    /// Where the tunnel comes from, and where it came in.
+    remote: SocketAddr,
+    local: SocketAddr,
+    /// Only this pod may be called.
+    pod: Option<Rc<Pod>>,
+    opened: Instant,
+    streams: Cell<usize>,
+    idle_since: Cell<Instant>,
+    moved: Cell<u64>,
+    goodbye: Cell<bool>,
+    waker: RefCell<Option<Waker>>,
+}
+
+impl ServerTunnel {
+    pub(super) fn say_goodbye(&self) {
+        self.goodbye.set(true);
+        if let Some(waker) = self.waker.borrow_mut().take() {
+            waker.wake();
+        }
+    }
+
+    pub(super) fn idle_for(&self) -> Option<Duration> {
+        (self.streams.get() == 0).then(|| self.idle_since.get().elapsed())
+    }
+
+    pub(super) fn status(&self) -> TunnelStatus {
+        TunnelStatus {
+            role: "server",
+            source: self.client.to_string(),
+            destination: self.server.to_string(),
+            remote: self.remote,
+            streams: self.streams.get(),
+            bytes: self.moved.get(),
+            age: self.opened.elapsed(),
+            retiring: self.goodbye.get(),
+        }
+    }
+}
+
+/// One stream of a tunnel, counted until it is dropped.
+struct StreamCount(Rc<ServerTunnel>);
+
+impl Counted for StreamCount {
+    fn moved(&self, bytes: usize) {
+        self.0.moved.set(self.0.moved.get() + bytes as u64);
+    }
+}
+
+impl Drop for StreamCount {
+    fn drop(&mut self) {
+        self.0.streams.set(self.0.streams.get() - 1);
+        self.0.idle_since.set(Instant::now());
+    }
+}
+
+/// A tunnel, from accept to its end.
+pub(in crate::proxy) async fn serve(
+    thread: Rc<Thread>,
+    tcp: TcpStream,
+    remote: SocketAddr,
+    port: Port,
+) {
+    // TLS has its own way to say goodbye; an RST could overtake it. Pods' listeners hand down
+    // SO_LINGER 0.
+    let _best_effort = socket2::SockRef::from(&tcp).set_linger(None);
+    let Ok(local) = tcp.local_addr().map(canonical) else {
+        return;
+    };
+    let (connection, tunnel) = match Box::pin(shake_hands(&thread, tcp, remote, local, port)).await
+    {
+        Ok(standing) => standing,
+        Err(refusal) => {
+            thread.recorder.handshake(true, refusal.reason.word());
+            tracing::info!(%remote, reason = refusal.reason.word(), detail = refusal.detail,
+                    "tunnel refused");
+            return Report::new(Direction::Inbound, remote, local).refused(&refusal, &thread);
+        }
+    };
+    thread.recorder.handshake(true, "ok");
+    thread.recorder.tunnels(1);
+    thread.tunnels.add(&tunnel);
+    run(&thread, &tunnel, connection).await;
+    thread.tunnels.remove(&tunnel);
+    thread.recorder.tunnels(-1);
+}
+
+type Connection = h2::server::Connection<TlsStream<Wire>, Bytes>;
+
+/// From a stranger's first byte to a peer with a name, within bounds.
+async fn shake_hands(
+    thread: &Rc<Thread>,
+    tcp: TcpStream,
+    remote: SocketAddr,
+    local: SocketAddr,
+    port: Port,
+) -> Result<(Connection, Rc<ServerTunnel>), Refusal> {
+    let node = thread
+        .mesh
+        .load()
+        .node_of_address
+        .contains_key(&remote.ip());
+    let mut place = thread.shared.admission.enter(remote.ip(), node);
+    let deadline = tokio::time::Instant::now() + thread.settings.timing.handshake;
+    let handshake = timeout_at(deadline, async {
+        let (tls, server) = accept_tls(thread, tcp, &port).await?;
+        let client = client_identity(&tls)?;
+        let connection = hbone::server()
+            .handshake::<_, Bytes>(tls)
+            .await
+            .map_err(|error| Refusal::new(Reason::HandshakeFailed, error.to_string()))?;
+        Ok::<_, Refusal>((connection, client, server))
+    });
+    let (connection, client, server) = tokio::select! {
+        done = handshake => match done {
+            Ok(done) => done?,
+            Err(_) => return Err(Reason::HandshakeTimeout.into()),
+        },
+        () = place.evicted() => return Err(Reason::HandshakeEvicted.into()),
+    };
+    let pod = match port {
+        Port::Node => None,
+        Port::Pod(pod) => Some(pod),
+    };
+    let now = Instant::now();
+    let tunnel = Rc::new(ServerTunnel {
+        client,
+        server,
+        remote,
+        local,
+        pod,
+        opened: now,
+        streams: Cell::new(0),
+        idle_since: Cell::new(now),
+        moved: Cell::new(0),
+        goodbye: Cell::new(false),
+        waker: RefCell::new(None),
+    });
+    Ok((connection, tunnel))
+}
+
+/// TLS, as the identity that SNI asks for, or as the pod whose address it is.
+async fn accept_tls(
+    thread: &Thread,
+    tcp: TcpStream,
+    port: &Port,
+) -> Result<(TlsStream<Wire>, Identity), Refusal> {
+    let hello = LazyConfigAcceptor::new(Acceptor::default(), Wire::new(tcp))
+        .await
+        .map_err(|error| handshake_failed(&error))?;
+    let (identity, config): (Identity, Arc<ServerConfig>) = match port {
+        Port::Node => {
+            let asked = hello.client_hello();
+            let name = asked.server_name();
+            let identity = name
+                .and_then(|name| thread.identities.by_server_name(name))
+                .ok_or_else(|| {
+                    let name = name.unwrap_or("none");
+                    Refusal::new(
+                        Reason::UnknownServerName,
+                        format!("server name {name:?} is no identity of this node"),
+                    )
+                })?;
+            (identity, thread.identities.server_config())
+        }
+        Port::Pod(pod) => {
+            let mesh = thread.mesh.load();
+            let workload = mesh
+                .workloads
+                .get(pod.sockets.uid())
+                .ok_or(Reason::UnknownPod)?;
+            let identity = workload.identity.clone();
+            let config = thread
+                .identities
+                .server_config_for(&identity)
+                .map_err(|error| Refusal::new(Reason::NoCertificate, error.to_string()))?;
+            (identity, config)
+        }
+    };
+    let tls = hello
+        .into_stream(config)
+        .await
+        .map_err(|error| handshake_failed(&error))?;
+    Ok((tls, identity))
+}
+
+fn client_identity(tls: &TlsStream<Wire>) -> Result<Identity, Refusal> {
+    let leaf = tls
+        .get_ref()
+        .1
+        .peer_certificates()
+        .and_then(|chain| chain.first())
+        .ok_or(Reason::CertificateMissing)?;
+    identity::peer_identity(leaf)
+        .map_err(|error| Refusal::new(Reason::CertificateInvalid, error.to_string()))
+}
+
+/// Which word a failed handshake gets.
+fn handshake_failed(error: &io::Error) -> Refusal {
+    let tls = error
+        .get_ref()
+        .and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    let reason = match tls {
+        Some(rustls::Error::NoCertificatesPresented) => Reason::CertificateMissing,
+        Some(rustls::Error::InvalidCertificate(why)) => match why {
+            CertificateError::Expired
+            | CertificateError::ExpiredContext { .. }
+            | CertificateError::NotValidYet
+            | CertificateError::NotValidYetContext { .. } => Reason::CertificateExpired,
+            CertificateError::UnknownIssuer | CertificateError::BadSignature => {
+                Reason::CertificateUnknownIssuer
+            }
+            _ => Reason::CertificateInvalid,
+        },
+        _ => Reason::HandshakeFailed,
+    };
+    Refusal::new(reason, error.to_string())
+}
+
+/// Accepts streams until the tunnel ends.
+async fn run(thread: &Rc<Thread>, tunnel: &Rc<ServerTunnel>, mut connection: Connection) {
+    let mut said = false;
+    loop {
+        let next = poll_fn(|cx| {
+            if tunnel.goodbye.get() && !said {
+                // The peer opens no new streams; those that are open finish.
+                connection.graceful_shutdown();
+                said = true;
+            }
+            let next = connection.poll_accept(cx);
+            if next.is_pending() && !said {
+                let mut waker = tunnel.waker.borrow_mut();
+                if !waker
+                    .as_ref()
+                    .is_some_and(|waker| waker.will_wake(cx.waker()))
+                {
+                    *waker = Some(cx.waker().clone());
+                }
+            }
+            next
+        })
+        .await;
+        match next {
+            Some(Ok((request, respond))) => {
+                tunnel.streams.set(tunnel.streams.get() + 1);
+                let count = StreamCount(Rc::clone(tunnel));
+                spawn_local(serve_stream(Rc::clone(thread), count, request, respond));
+            }
+            Some(Err(error)) => {
+                tracing::debug!(remote = %tunnel.remote, %error, "a tunnel ended");
+                return;
+            }
+            None => return,
+        }
+    }
+}
+
+/// A stream that can begin.
+struct Standing {
+    socket: TcpStream,
+    meter: Meter,
+    conn: Rc<Conn>,
+}
+
+/// One connection, from CONNECT to its record.
+async fn serve_stream(
+    thread: Rc<Thread>,
+    count: StreamCount,
+    request: Request<RecvStream>,
+    mut respond: SendResponse<Bytes>,
+) {
+    let tunnel = Rc::clone(&count.0);
+    let mut report = Report::new(Direction::Inbound, tunnel.remote, tunnel.local);
+    match Box::pin(establish(&thread, &tunnel, &request, &mut report)).await {
+        Err(refusal) => {
+            refuse(&mut respond, refusal.reason);
+            report.refused(&refusal, &thread);
+        }
+        Ok(Standing {
+            socket,
+            meter,
+            conn,
+        }) => {
+            let shared = Shared {
+                scratch: Rc::clone(&thread.scratch),
+                recorder: Rc::clone(&thread.recorder),
+                conn,
+                meter,
+            };
+            // An error means that the stream is reset already: dropping the socket says so.
+            let Ok(send) = respond.send_response(Response::new(()), false) else {
+                let end = crate::proxy::copy::End::Broken(Reason::ClientReset);
+                return report.ended(end, shared.meter, &thread);
+            };
+            let receive = Receive::Open(request.into_body());
+            let end = TcpEnd::new(socket);
+            let pump = StreamPump::new(end, send, receive, Toward::Client, Rc::new(count), shared);
+            let (end, meter) = pump.run().await;
+            report.ended(end, meter, &thread);
+        }
+    }
+}
+
+fn refuse(respond: &mut SendResponse<Bytes>, reason: Reason) {
+    let mut response = Response::new(());
+    *response.status_mut() = reason.status();
+    debug_assert_ne!(response.status(), StatusCode::OK);
+    response
+        .headers_mut()
+        .insert(HEADER, HeaderValue::from_static(reason.word()));
+    // The stream may be reset already: nobody waits for the answer then.
+    let _gone = respond.send_response(response, true);
+}
+
+/// Whom may the client call, as whom, and may it: then the socket.
+async fn establish(
+    thread: &Rc<Thread>,
+    tunnel: &Rc<ServerTunnel>,
+    request: &Request<RecvStream>,
+    report: &mut Report,
+) -> Result<Standing, Refusal> {
+    report.record.src_identity = Some(tunnel.client.clone());
+    report.record.dst_hbone_addr = Some(tunnel.local);
+    let target = hbone::target(request)?;
+    report.record.dst_addr = target;
+    let mut mesh = thread.mesh();
+    let callee = callee(thread, tunnel, &mesh, target)?;
+    report.record.dst_workload = Some(Arc::clone(&callee));
+    report.record.dst_identity = Some(callee.identity.clone());
+
+    let (client_addr, caller) = match &tunnel.pod {
+        // ztunnel's way: the TCP connection itself comes from the client.
+        Some(_) => {
+            let known = mesh.by_ip.get(&tunnel.remote.ip()).cloned();
+            (SocketAddr::new(tunnel.remote.ip(), 0), known)
+        }
+        None => {
+            let claimed = hbone::claimed_client(request.headers())?.ok_or_else(|| {
+                Refusal::new(
+                    Reason::BadRequest,
+                    "the request names no client (forwarded: for=…)",
+                )
+            })?;
+            if !mesh.by_ip.contains_key(&claimed.ip()) {
+                mesh = Box::pin(news_of(thread, claimed.ip())).await;
+            }
+            let caller = claimed_source(&mesh, tunnel, claimed.ip())?;
+            (claimed, Some(caller))
+        }
+    };
+    report.record.src_addr = client_addr;
+    report.record.src_workload = caller.clone();
+
+    let client = Client {
+        ip: client_addr.ip(),
+        identity: ClientIdentity::Proven(tunnel.client.clone()),
+    };
+    let mut info = FlowInfo {
+        direction: Direction::Inbound,
+        workload: Arc::clone(&callee),
+        peer: caller,
+        client_id: Some(tunnel.client.clone()),
+        server_id: Some(callee.identity.clone()),
+        target,
+        service: None,
+        tls: TlsStatus::True,
+        server: None,
+        authz: None,
+    };
+    match authz::decide(&callee, &client, target.port()) {
+        Ok(allowed) => {
+            info.server = allowed.server;
+            info.authz = allowed.authz;
+            thread.recorder.authz(&info, true);
+            if allowed.audited {
+                tracing::info!(client = %tunnel.client, callee = %callee.key,
+                    "audit: policy would deny this connection");
+            }
+        }
+        Err(denied) => {
+            info.server = denied.server;
+            thread.recorder.authz(&info, false);
+            let detail = format!(
+                "{} may not call port {} of {}",
+                tunnel.client,
+                target.port(),
+                callee.key
+            );
+            return Err(Refusal::new(denied.reason, detail));
+        }
+    }
+
+    let patience = thread.settings.timing.connect;
+    let socket = match thread.pod(&callee.uid) {
+        Some(pod) => {
+            let source = Source::Keep {
+                client: client_addr,
+            };
+            tcp::connect(target, patience, || pod.sockets.socket(target, source)).await
+        }
+        // Meshed and not captured (yet, or any more): a socket of the node reaches it plainly.
+        None => tcp::connect(target, patience, || tcp::node_socket(target, None)).await,
+    }
+    .map_err(|error| Refusal::new(error.reason(), error.to_string()))?;
+    let guarded = Callee {
+        uid: callee.uid.clone(),
+        client,
+        port: target.port(),
+    };
+    Ok(Standing {
+        socket,
+        meter: Meter {
+            outbound: None,
+            inbound: Some(thread.recorder.open(&info)),
+            sent: 0,
+            received: 0,
+        },
+        conn: thread.conns.open(None, Some(guarded)),
+    })
+}
+
+/// The pod that may be called by this tunnel at this address.
+fn callee(
+    thread: &Thread,
+    tunnel: &ServerTunnel,
+    mesh: &Mesh,
+    target: SocketAddr,
+) -> Result<Arc<Workload>, Refusal> {
+    let ip = target.ip();
+    if never_a_pod(ip) || mesh.node_of_address.contains_key(&ip) {
+        return Err(Refusal::new(
+            Reason::BadTarget,
+            format!("{target} is no pod's address"),
+        ));
+    }
+    let Some(workload) = mesh.by_ip.get(&ip).filter(|workload| workload.local) else {
+        return Err(Refusal::new(
+            Reason::NotLocal,
+            format!("{ip} is no pod of this node"),
+        ));
+    };
+    if workload.host_network {
+        return Err(Refusal::new(
+            Reason::BadTarget,
+            format!("{ip} is the node's address"),
+        ));
+    }
+    if !workload.meshed && !thread.left_lately(&workload.uid) {
+        return Err(Refusal::new(
+            Reason::NotMeshed,
+            format!("{} is not meshed", workload.key),
+        ));
+    }
+    let other_pod = tunnel
+        .pod
+        .as_ref()
+        .is_some_and(|pod| *pod.sockets.uid() != workload.uid);
+    if workload.identity != tunnel.server || other_pod {
+        return Err(Refusal::new(
+            Reason::WrongIdentity,
+            format!(
+                "{} is {}, the tunnel is for {}",
+                workload.key, workload.identity, tunnel.server
+            ),
+        ));
+    }
+    Ok(Arc::clone(workload))
+}
+
+/// Addresses that no pod has, whatever anybody's manifests say.
+fn never_a_pod(ip: IpAddr) -> bool {
+    let link_local = match ip {
+        IpAddr::V4(ip) => ip.is_link_local() || ip.is_broadcast(),
+        IpAddr::V6(ip) => ip.is_unicast_link_local(),
+    };
+    ip.is_loopback() || ip.is_unspecified() || ip.is_multicast() || link_local
+}
+
+/// A pod may be so new that its node knows it before we do.
+async fn news_of(thread: &Thread, ip: IpAddr) -> Arc<Mesh> {
+    let mut changed = thread.mesh.subscribe();
+    let known = async {
+        while !thread.mesh.load().by_ip.contains_key(&ip) {
+            if changed.changed().await.is_err() {
+                return;
+            }
+        }
+    };
+    // Whether it came or not, what we know now decides.
+    let _in_time = timeout(thread.settings.timing.unknown_source, known).await;
+    thread.mesh()
+}
+
+/// The pod that a tunnel claims to speak for, if it may.
+fn claimed_source(
+    mesh: &Mesh,
+    tunnel: &ServerTunnel,
+    claimed: IpAddr,
+) -> Result<Arc<Workload>, Refusal> {
+    let refuse = |why: String| Err(Refusal::new(Reason::ClaimedSource, why));
+    let Some(workload) = mesh.by_ip.get(&claimed) else {
+        return refuse(format!("{claimed} is no pod's address"));
+    };
+    if workload.identity != tunnel.client {
+        return refuse(format!(
+            "{claimed} is {} of {}, the tunnel is of {}",
+            workload.key, workload.identity, tunnel.client
+        ));
+    }
+    let from = mesh.node_of_address.get(&tunnel.remote.ip());
+    if from.is_none() || from != workload.node.as_ref() {
+        return refuse(format!(
+            "{} runs on node {}, the tunnel comes from {}",
+            workload.key,
+            workload.node.as_deref().unwrap_or("unknown"),
+            tunnel.remote.ip()
+        ));
+    }
+    Ok(Arc::clone(workload))
+}
