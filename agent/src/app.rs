@@ -26,11 +26,11 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::{
     runtime,
     signal::unix::{Signal, SignalKind, signal},
-    sync::{mpsc, watch},
-    task::JoinHandle,
+    sync::{mpsc, oneshot, watch},
+    task::{JoinHandle, spawn_blocking},
     time::{MissedTickBehavior, interval, sleep},
 };
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::{
     access_log::{self, AccessLog},
@@ -47,7 +47,7 @@ use crate::{
     telemetry::{self, LogFormat, LogLevel},
 };
 
-use desired::Netns;
+use local::Netns;
 
 pub use run_dir::{RunDir, RunDirError};
 
@@ -160,28 +160,50 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
         0,
         &Objects::default(),
     )));
-    let manifests = local::Manifests::open(&config.manifests, settings.clone(), mesh.clone())
-        .await
-        .with_context(|| format!("--manifests {}", config.manifests.display()))?;
-    let netns = manifests.netns();
-    let load_errors = manifests.errors();
-    tasks.push(tokio::spawn(manifests.run(guard.clone())));
-    drop(manifests_read);
+    let mesh_of = (settings.clone(), mesh.clone());
+    let (netns_told, netns) = watch::channel(Netns::new());
+    let (errors_told, load_errors) = watch::channel(Arc::default());
+    let outputs = local::Outputs {
+        netns: netns_told,
+        errors: errors_told,
+    };
+    let (read, was_read) = oneshot::channel::<()>();
+    let mut end = guard.clone();
+    let mut manifests = tokio::spawn(local::run(
+        config.manifests.clone(),
+        mesh_of.0,
+        mesh_of.1,
+        outputs,
+        (manifests_read, read),
+        async move { end.begun().await },
+    ));
+    tokio::select! {
+        // Dropped unsent, with the readiness task, when the first mesh is published.
+        _ = was_read => {}
+        ended = &mut manifests => ended?.context("--manifests")?,
+    }
+    tasks.push(tokio::spawn(async move {
+        match manifests.await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => error!(%error, "the manifests are no longer read"),
+            Err(error) => error!(%error, "the manifests are no longer read"),
+        }
+    }));
 
     // Who we are. Requests for certificates go out now, and are answered while the rest starts.
     let trust_domain = config.mesh.trust_domain.clone();
-    let clock: Arc<dyn identity::Clock> = Arc::new(identity::SystemClock);
-    let authority = identity::LocalCa::open(&config.ca_dir, trust_domain.clone(), clock)
+    let clock: Arc<dyn identity::clock::Clock> = Arc::new(identity::clock::SystemClock);
+    let authority = identity::ca::LocalCa::open(&config.ca_dir, trust_domain.clone(), clock)
         .with_context(|| format!("--ca-dir {}", config.ca_dir.display()))?;
     tasks.push(tokio::spawn(authority.clone().watch()));
     let (identities, manager) =
-        Identities::start(authority, identity::Settings::new(trust_domain))?;
+        Identities::start(authority, identity::manager::Settings::new(trust_domain))?;
     tasks.push(manager);
     let mut needed = desired::Identities::default();
     identities.set_wanted(needed.wanted(&mesh.load(), Instant::now()));
 
     // The data threads, before anything is captured for them.
-    let proxy = Proxy::start(
+    let (settings_of_proxy, around) = (
         ProxySettings {
             threads: config.data_threads,
             tunnel_port: config.tunnel_port,
@@ -194,7 +216,9 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
             metrics: metrics.clone(),
             access_log: access_log.clone(),
         },
-    )?;
+    );
+    // Threads are made and tried here, which blocks.
+    let proxy = spawn_blocking(move || Proxy::start(settings_of_proxy, around)).await??;
     let (events, captured) = mpsc::channel(EVENTS);
     let follower = proxy.clone();
     tasks.push(tokio::spawn(async move { follower.follow(captured).await }));
@@ -285,7 +309,7 @@ impl Agent {
         self.identities.stop();
         self.drain.drain(LAST_WORDS).await;
         let log = self.access_log.clone();
-        let flushed = tokio::task::spawn_blocking(move || log.flush(LAST_WORDS)).await;
+        let flushed = spawn_blocking(move || log.flush(LAST_WORDS)).await;
         if let Err(error) = flushed {
             warn!(%error, "the access log's last lines may be missing");
         }

@@ -7,7 +7,10 @@ use core::ptr::{null_mut, read_volatile};
 
 use aya_ebpf::{
     bindings::{BPF_F_CURRENT_NETNS, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_tuple},
-    helpers::generated::{bpf_sk_fullsock, bpf_sk_release, bpf_sk_storage_get, bpf_skc_lookup_tcp},
+    helpers::generated::{
+        bpf_get_listener_sock, bpf_sk_fullsock, bpf_sk_release, bpf_sk_storage_get,
+        bpf_skc_lookup_tcp,
+    },
     programs::TcContext,
 };
 use picomesh_common::{
@@ -39,14 +42,14 @@ impl Sender {
     /// raw socket of its own, which must never be marked) and for raw and packet sockets.
     #[inline(always)]
     pub(crate) fn of(ctx: &TcContext) -> Option<Self> {
-        // SAFETY: the verifier checks each access: `sk` against null here, the rest behind
-        // bpf_sk_fullsock, which answers null unless every field may be read.
+        // SAFETY: the verifier checks each access: `sk` against null here, the rest behind `full`,
+        // which answers null unless every field may be read.
         unsafe {
             let any = (*ctx.skb.skb).__bindgen_anon_2.sk;
             if any.is_null() {
                 return None;
             }
-            let socket = bpf_sk_fullsock(any);
+            let socket = full(any);
             if socket.is_null() {
                 return None;
             }
@@ -113,7 +116,7 @@ pub(crate) fn owner_of(ctx: &TcContext, tuple: &Tuple, family: u32) -> Owner {
     } else {
         // SAFETY: held. For a request this is its listener, which lives at least as long.
         let value = unsafe {
-            let full = bpf_sk_fullsock(socket);
+            let full = full(socket);
             let storage = if full.is_null() {
                 null_mut()
             } else {
@@ -183,6 +186,23 @@ fn lookup(ctx: &TcContext, tuple: &Tuple, family: u32) -> *mut bpf_sock {
             BPF_F_CURRENT_NETNS as u64,
             0,
         )
+    }
+}
+
+/// The socket with all its fields: for a connection that is being opened its listener, whose
+/// storage it will inherit. Null for TIME_WAIT.
+///
+/// # Safety
+/// `socket` must be one the verifier knows, and not null.
+#[inline(always)]
+unsafe fn full(socket: *mut bpf_sock) -> *mut bpf_sock {
+    // SAFETY: `state` is there in every kind of socket; the helpers take any kind.
+    unsafe {
+        if read_volatile(&raw const (*socket).state) == TCP_NEW_SYN_RECV {
+            bpf_get_listener_sock(socket)
+        } else {
+            bpf_sk_fullsock(socket)
+        }
     }
 }
 

@@ -1,10 +1,59 @@
-//! The kernel half and its loader, against a real kernel.
+//! The tier `bpf`: the kernel half alone, without an agent.
+//!
+//! Two kinds of test. [`verdicts`] feeds hand-made frames to each entry point by BPF_PROG_TEST_RUN
+//! and asks for the verdict, the rewritten bytes and the counter. The others attach the programs
+//! in a pod of their own (a network namespace behind a veth pair, checksum offload on) and look at
+//! where real connections and real frames end, by TCX and by clsact, over IPv4 and IPv6.
+//!
+//! Needs root and an agent built with its eBPF object; without them every test is ignored and says
+//! why. `PICOMESH_TEST_RULES_OFF=name,...` takes rules of the kernel half out, to see the tests
+//! that hold them turn red.
 
-mod datapath_devices;
-mod datapath_world;
+mod datapath;
+mod frames;
+mod hostile;
+mod inbound;
+mod lifecycle;
+mod outbound;
+mod probes;
+mod topology;
+mod verdicts;
+
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+
+use topology::Setup;
+
+/// A test is a name and a function of the way programs are attached.
+type Test = (&'static str, fn(&Setup) -> anyhow::Result<()>);
 
 fn main() {
-    let arguments = libtest_mimic::Arguments::from_args();
-    let trials = datapath_devices::trials();
+    let arguments = Arguments::from_args();
+    let missing = topology::prepare().err().map(|error| format!("{error:#}"));
+    let mut trials = Vec::new();
+    for (subject, tests) in [
+        ("verdicts", verdicts::TESTS),
+        ("outbound", outbound::TESTS),
+        ("inbound", inbound::TESTS),
+        ("probes", probes::TESTS),
+        ("hostile", hostile::TESTS),
+        ("lifecycle", lifecycle::TESTS),
+    ] {
+        for (name, test) in tests {
+            for force_clsact in [false, true] {
+                let way = if force_clsact { "clsact" } else { "tcx" };
+                let missing = missing.clone();
+                trials.push(Trial::ignorable_test(
+                    format!("{subject}::{name}::{way}"),
+                    move || match missing {
+                        Some(reason) => Ok(Completion::ignored_with(reason)),
+                        None => test(&Setup { force_clsact })
+                            .map(|()| Completion::Completed)
+                            .map_err(|error| Failed::from(format!("{error:#}"))),
+                    },
+                ));
+            }
+        }
+    }
+    trials.extend(datapath::trials(missing.as_deref()));
     libtest_mimic::run(&arguments, trials).exit();
 }

@@ -124,15 +124,18 @@ impl Agent {
             &format!("the agent of {} is ready", self.node.name()),
             deadline,
             || {
-                self.still_runs()?;
+                if let Err(ended) = self.still_runs() {
+                    return Ok(Some(Err(ended)));
+                }
                 match self.get("/ready") {
-                    Ok((200, _)) => Ok(Some(())),
+                    Ok((200, _)) => Ok(Some(Ok(()))),
                     Ok((status, body)) => Err(anyhow!("/ready answers {status}: {}", body.trim())),
                     Err(e) => Err(e),
                 }
             },
         )
-        .with_context(|| self.process.last_words(30))
+        .flatten()
+        .with_context(|| self.last_words())
     }
 
     /// Waits until `debug pods` says that the kernel has the pod.
@@ -151,17 +154,20 @@ impl Agent {
             &format!("the state of {} is {}", pod.name(), states.join(" or ")),
             deadline,
             || {
-                self.still_runs()?;
+                if let Err(ended) = self.still_runs() {
+                    return Ok(Some(Err(ended)));
+                }
                 let status = self.pod_status(pod)?;
                 let state = status["state"].as_str().unwrap_or_default();
                 if states.contains(&state) {
-                    Ok(Some(()))
+                    Ok(Some(Ok(())))
                 } else {
                     bail!("it is {status}")
                 }
             },
         )
-        .with_context(|| self.process.last_words(30))
+        .flatten()
+        .with_context(|| self.last_words())
     }
 
     /// What `debug pods` says of one pod: an object with `state`, `reason` …, or null.
@@ -248,7 +254,7 @@ impl Agent {
                 .rfind(|line| words.iter().all(|word| line.contains(word)))
                 .map(str::to_owned))
         })
-        .with_context(|| self.process.last_words(30))
+        .with_context(|| self.last_words())
     }
 
     /// `picomesh-agent debug WORDS`, as a person calls it.
@@ -276,6 +282,10 @@ impl Agent {
         let output = self.debug(&[&["-o", "json"], words].concat())?.ok()?;
         serde_json::from_str(&output.stdout)
             .with_context(|| format!("debug {}: {}", words.join(" "), output.stdout))
+    }
+
+    fn last_words(&self) -> String {
+        format!("the agent's last words:\n{}\n", self.process.last_words(30))
     }
 
     fn still_runs(&self) -> Result<()> {

@@ -60,7 +60,9 @@ pub fn install() -> Result<()> {
             eprintln!("{signal}: removing every trace");
             // Twice: a thread may have been in the middle of making something.
             for _ in 0..2 {
-                for name in live().clone() {
+                // Not in the loop's head: the lock would be held while `remove` takes it again.
+                let names = live().clone();
+                for name in names {
                     remove(&name);
                 }
                 thread::sleep(Duration::from_millis(50));

@@ -33,11 +33,18 @@ pub(crate) fn run(_args: &Args) -> Result<ExitCode> {
     let machine = requirements::missing();
     if machine.is_empty() {
         let (major, minor) = requirements::kernel();
-        let hook = if (major, minor) >= (6, 6) { "TCX" } else { "clsact" };
+        let hook = if (major, minor) >= (6, 6) {
+            "TCX"
+        } else {
+            "clsact"
+        };
         println!("{:8} ok: Linux {major}.{minor} ({hook})", "machine");
     }
     for missing in &machine {
-        println!("{:8} {} is missing: {}", "machine", missing.what, missing.remedy);
+        println!(
+            "{:8} {} is missing: {}",
+            "machine", missing.what, missing.remedy
+        );
     }
     if lacking > 0 {
         println!("`cargo xtask setup` gets what is missing");

@@ -47,7 +47,10 @@ pub(crate) fn build() -> Result<PathBuf> {
         let mut command = shell::fresh_cargo();
         let path = env::var("PATH").unwrap_or_default();
         command
-            .env("PATH", format!("{}:{path}", needs::bpf_linker_dir().display()))
+            .env(
+                "PATH",
+                format!("{}:{path}", needs::bpf_linker_dir().display()),
+            )
             .env("RUSTC", "/usr/bin/rustc")
             .env("RUSTC_BOOTSTRAP", "1")
             .arg("build");
@@ -55,7 +58,14 @@ pub(crate) fn build() -> Result<PathBuf> {
     };
     command
         .env("RUSTFLAGS", FLAGS)
-        .args(["--quiet", "--release", "-p", "picomesh-ebpf", "--target", TARGET])
+        .args([
+            "--quiet",
+            "--release",
+            "-p",
+            "picomesh-ebpf",
+            "--target",
+            TARGET,
+        ])
         .arg("--target-dir")
         .arg(&build);
     shell::run(&mut command).context("compile the kernel half")?;

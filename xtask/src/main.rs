@@ -1,7 +1,11 @@
 //! The project's verbs: `cargo xtask VERB`. One file each; this one is their table.
 #![forbid(unsafe_code)]
-#![expect(clippy::print_stdout, reason = "a command line speaks on standard output")]
+#![expect(
+    clippy::print_stdout,
+    reason = "a command line speaks on standard output"
+)]
 
+mod bench;
 mod cache;
 mod demo;
 mod doctor;
@@ -33,6 +37,8 @@ enum Verb {
     Ebpf(ebpf::Args),
     /// Show the mesh at work in a world of network namespaces
     Demo(demo::Args),
+    /// Compare the mesh with no mesh, haproxy and nginx, in one run
+    Bench(bench::Args),
     /// Run every tier of tests
     Test(test::Args),
     /// Change the files that decide, one operator at a time, and see whether the tests notice
@@ -45,6 +51,7 @@ fn main() -> ExitCode {
         Verb::Setup(args) => setup::run(&args),
         Verb::Ebpf(args) => ebpf::run(&args),
         Verb::Demo(args) => demo::run(&args),
+        Verb::Bench(args) => bench::run(&args),
         Verb::Test(args) => test::run(&args),
         Verb::Mutants(args) => mutants::run(&args),
     };

@@ -1,11 +1,7 @@
 //! `cargo xtask mutants`: changes the files that decide, one operator at a time, and runs their
 //! tests. A change that no test notices must have a written reason in `xtask/mutants.txt`.
 
-use std::{
-    collections::BTreeMap,
-    fs,
-    process::ExitCode,
-};
+use std::{collections::BTreeMap, fs, process::ExitCode};
 
 use anyhow::{Context, Result, bail};
 
@@ -17,9 +13,11 @@ use crate::{
 };
 
 /// The files whose every branch is somebody's access.
-const FILES: [&str; 3] = [
+const FILES: [&str; 5] = [
     "agent/src/state/policy.rs",
+    "agent/src/state/servers.rs",
     "agent/src/state/resolve.rs",
+    "agent/src/state/frontends.rs",
     "agent/src/state/balance.rs",
 ];
 
@@ -31,7 +29,10 @@ pub(crate) struct Args {}
 
 pub(crate) fn run(_args: &Args) -> Result<ExitCode> {
     let count = count();
-    println!("{} passed, {} failed, {} skipped", count.passed, count.failed, count.skipped);
+    println!(
+        "{} passed, {} failed, {} skipped",
+        count.passed, count.failed, count.skipped
+    );
     Ok(if count.failed == 0 {
         ExitCode::SUCCESS
     } else {
@@ -64,7 +65,14 @@ fn survivors() -> Result<Vec<String>> {
     let output = shell::target_dir().join("mutants");
     fs::create_dir_all(&output)?;
     let mut command = shell::cargo();
-    command.args(["mutants", "--package", "picomesh-agent", "--no-shuffle", "--colors", "never"]);
+    command.args([
+        "mutants",
+        "--package",
+        "picomesh-agent",
+        "--no-shuffle",
+        "--colors",
+        "never",
+    ]);
     for file in FILES {
         command.args(["--file", file]);
     }

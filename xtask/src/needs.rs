@@ -106,10 +106,7 @@ const NEEDS: &[Need] = &[
     package(
         Purpose::Ebpf,
         "libstd-rust-web-dev-bpf",
-        Sign::FileIn(
-            "/usr/lib/rustlib/bpfel-unknown-none/lib",
-            "libcore-",
-        ),
+        Sign::FileIn("/usr/lib/rustlib/bpfel-unknown-none/lib", "libcore-"),
         "core, compiled for BPF",
     ),
     package(
@@ -185,13 +182,6 @@ const NEEDS: &[Need] = &[
     ),
     package(
         Purpose::Bench,
-        "nghttp2-client",
-        Sign::Program("h2load"),
-        "makes load",
-    ),
-    package(Purpose::Bench, "wrk", Sign::Program("wrk"), "makes load"),
-    package(
-        Purpose::Bench,
         "openssl",
         Sign::Program("openssl"),
         "certificates for the proxies compared with",
@@ -208,12 +198,7 @@ const NEEDS: &[Need] = &[
     },
 ];
 
-const fn package(
-    purpose: Purpose,
-    name: &'static str,
-    sign: Sign,
-    why: &'static str,
-) -> Need {
+const fn package(purpose: Purpose, name: &'static str, sign: Sign, why: &'static str) -> Need {
     Need {
         purpose,
         source: Source::Package(name, sign),

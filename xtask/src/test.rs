@@ -127,7 +127,10 @@ fn run_tier(tier: Tier, filter: Option<&str>) -> Count {
     }
     let mut total = Count::default();
     for (name, mut command) in commands(tier, filter) {
-        total.add(steps::run(&format!("{}: {name}", tier.name()), &mut command));
+        total.add(steps::run(
+            &format!("{}: {name}", tier.name()),
+            &mut command,
+        ));
     }
     total
 }
@@ -167,17 +170,28 @@ fn commands(tier: Tier, filter: Option<&str>) -> Vec<(&'static str, Command)> {
         // A filter names tests, and these are none.
         Tier::Lint if filter.is_some() => Vec::new(),
         Tier::Lint => {
-            let mut deny = cargo(&["deny", "--workspace", "check", "licenses", "bans", "sources"]);
+            let mut deny = cargo(&[
+                "deny",
+                "--workspace",
+                "check",
+                "licenses",
+                "bans",
+                "sources",
+            ]);
             let path = std::env::var("PATH").unwrap_or_default();
-            deny.env(
-                "PATH",
-                format!("{}:{path}", CARGO_DENY.bin_dir().display()),
-            );
+            deny.env("PATH", format!("{}:{path}", CARGO_DENY.bin_dir().display()));
             vec![
                 ("fmt", cargo(&["fmt", "--all", "--check"])),
                 (
                     "clippy",
-                    cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]),
+                    cargo(&[
+                        "clippy",
+                        "--workspace",
+                        "--all-targets",
+                        "--",
+                        "-D",
+                        "warnings",
+                    ]),
                 ),
                 (
                     "clippy without features",
@@ -201,7 +215,14 @@ fn commands(tier: Tier, filter: Option<&str>) -> Vec<(&'static str, Command)> {
             (
                 "agent, common, xtask",
                 test(
-                    &["-p", "picomesh-agent", "-p", "picomesh-common", "-p", "xtask"],
+                    &[
+                        "-p",
+                        "picomesh-agent",
+                        "-p",
+                        "picomesh-common",
+                        "-p",
+                        "xtask",
+                    ],
                     filter,
                 ),
             ),

@@ -155,7 +155,7 @@ pub async fn ask(run_dir: &Path, request: &Request) -> Result<serde_json::Value,
                 Err(AskError::NoAgent { path })
             }
             io::ErrorKind::PermissionDenied => Err(AskError::NotRoot { path }),
-            _ => Err(AskError::Io { path, source }),
+            _unforeseen => Err(AskError::Io { path, source }),
         },
         Err(_) => Err(AskError::Silent { path }),
     }

@@ -3,7 +3,6 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -13,11 +12,12 @@ use picomesh_common::{PodConfig, PortRange, pod::MAX_SKIP_RANGES};
 use crate::{
     datapath::{Desired, DesiredPod, PodStatus},
     identity::Wanted,
+    local::Netns,
     state::{Identity, Mesh, PodUid, Workload},
 };
 
-/// Where the pods of this node live.
-pub type Netns = HashMap<PodUid, PathBuf>;
+
+
 
 /// How long an identity is held after its last pod left: a tunnel that others opened for it is
 /// served for a minute (they may not have heard), and a short absence costs no new certificate.
@@ -117,6 +117,8 @@ mod tests {
         DefaultPolicy, MeshSettings, Namespace, Objects, OutboundDefault, Pod, Words,
     };
     use crate::state::ObjectKey;
+
+    use std::path::PathBuf;
 
     use super::*;
 

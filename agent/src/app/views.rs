@@ -30,7 +30,7 @@ pub(super) struct Shown {
     pub(super) started: Instant,
     pub(super) readiness: Readiness,
     pub(super) mesh: Arc<MeshStore>,
-    pub(super) load_errors: watch::Receiver<Vec<LoadError>>,
+    pub(super) load_errors: watch::Receiver<Arc<Vec<LoadError>>>,
     pub(super) metrics: Arc<Metrics>,
     pub(super) access_log: AccessLog,
     pub(super) identities: Identities,
@@ -85,12 +85,12 @@ impl Shown {
                 })
             })
             .collect();
-        let load_errors: Vec<_> = self.load_errors.borrow().iter().map(load_error).collect();
+        let load_errors = json!(**self.load_errors.borrow());
         json!({
             "version": env!("CARGO_PKG_VERSION"),
-            "node": self.settings.node,
-            "cluster": self.settings.cluster,
-            "trust_domain": self.settings.trust_domain,
+            "node": &*self.settings.node,
+            "cluster": &*self.settings.cluster,
+            "trust_domain": &*self.settings.trust_domain,
             "uptime_seconds": self.started.elapsed().as_secs(),
             "ready": pending.is_empty(),
             "awaited": pending,
@@ -313,9 +313,6 @@ fn counted(counts: BTreeMap<&'static str, u64>, label: &'static str) -> Vec<Samp
     samples.collect()
 }
 
-fn load_error(error: &LoadError) -> Value {
-    json!({"message": error.to_string()})
-}
 
 fn epoch(at: SystemTime) -> Option<f64> {
     let since = at.duration_since(SystemTime::UNIX_EPOCH).ok()?;

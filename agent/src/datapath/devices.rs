@@ -7,9 +7,9 @@
 //!
 //! How a captured packet comes through: tc gives it the capture mark and mesh0 as its device; the
 //! rule leads the mark to our table; the table says that every address is local; `sk_lookup`
-//! finds the listener by the device. So the devices need no address, but they must accept
-//! sources that are local (`accept_local`) or come from elsewhere (`rp_filter` 2, loose). Their
-//! MTU is the largest there is: a redirected packet that is longer than its device's MTU is lost
+//! finds the listener by the device. So the devices must accept sources that are local
+//! (`accept_local`) or come from elsewhere (`rp_filter` 2, loose, which also outweighs a strict
+//! `all`; for this alone they have an address). Their MTU is the largest there is: a redirected packet that is longer than its device's MTU is lost
 //! without a trace, and they set no MSS, because nothing is ever routed out through them.
 //!
 //! Knows neither programs nor sockets.
@@ -129,6 +129,12 @@ pub fn ensure(owner: &DeviceOwner, capture_mark: u32) -> Result<Ensured, Devices
                 .map_err(failed("configure mesh0 and mesh1"))?;
             if !repaired.contains(&"devices") {
                 repaired.push("device_settings");
+            }
+        }
+        if !link.addresses.contains(&device.address) {
+            links::add_address(&mut netlink, device).map_err(failed("address mesh0 and mesh1"))?;
+            if !repaired.contains(&"devices") {
+                repaired.push("device_address");
             }
         }
         if !link.up {

@@ -23,7 +23,7 @@ pub use pods::{Datapath, DatapathSettings, PodStatus};
 pub use sockets::{PodHandle, PodSockets, Source};
 
 /// What the kernel should do for one pod.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct DesiredPod {
     pub uid: PodUid,
     /// namespace/name, for logs.
@@ -41,7 +41,8 @@ pub type Desired = Arc<Vec<DesiredPod>>;
 /// What the data threads must do.
 pub enum PodEvent {
     /// Serve these listeners; element `i` belongs to data thread `i`. Sent before the programs let
-    /// the first packet through, and again (same handle) after an adoption.
+    /// the first packet through, after an adoption, and again (same handle) when the listeners had
+    /// to be made anew: they then take the place of those before.
     Captured { pod: Arc<dyn PodSockets>, listeners: Vec<PodListeners> },
     /// The pod is gone or left the mesh: stop accepting; open connections finish or die with it.
     Released { uid: PodUid },

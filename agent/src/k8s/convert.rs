@@ -45,6 +45,10 @@ impl Converter {
         }
     }
 
+    pub fn cluster(&self) -> &str {
+        &self.cluster
+    }
+
     pub fn node(&self, node: core::Node) -> Result<Node, FieldError> {
         let key = self.cluster_key(&node.metadata)?;
         let addresses = node
@@ -505,3 +509,6 @@ fn is_local(path: &str, policy: Option<&str>) -> Result<bool, FieldError> {
 fn name(name: Option<&str>) -> Option<Arc<str>> {
     name.filter(|name| !name.is_empty()).map(Arc::from)
 }
+
+#[cfg(test)]
+mod tests;

@@ -693,3 +693,6 @@ fn pattern(path: &str, text: &str) -> Result<IdentityPattern, FieldError> {
         )
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -7,7 +7,7 @@
 //! [`resolve`] says where an address leads, [`policy`] who may come in, [`balance`] which endpoint.
 //!
 //! A rebuild costs time in proportion to the number of objects (1,000 pods behind 200 Services: see
-//! the test in `mesh.rs`); bursts of changes are gathered before one is started. In return no reader ever sees half an
+//! the test in `tests.rs`); bursts of changes are gathered before one is started. In return no reader ever sees half an
 //! update, and nothing needs to be undone.
 #![forbid(unsafe_code)]
 
@@ -24,3 +24,6 @@ mod servers;
 pub use describe::PortWords;
 pub use mesh::{Mesh, MeshStore, Problem, Workload};
 pub use names::{Identity, ObjectKey, PodUid};
+
+#[cfg(test)]
+mod tests;

@@ -19,16 +19,12 @@
 //! it is that of the authorization the client came nearest to. Somebody whose identity is right and
 //! whose address is wrong hears of the address.
 
-use std::{
-    collections::BTreeMap,
-    net::{IpAddr, SocketAddr},
-    sync::Arc,
-};
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
 use ipnet::IpNet;
 
 use super::{
-    Identity, ObjectKey,
+    Identity,
     objects::{DefaultPolicy, IdentityPattern, NetworkMatch},
 };
 
@@ -289,5 +285,5 @@ impl DenyReason {
     }
 }
 
-/// Kept for readers that log where a connection was going.
-pub type Target = (ObjectKey, SocketAddr);
+#[cfg(test)]
+mod tests;

@@ -1,1 +1,3 @@
 //! Builders for tests.
+
+pub mod manifests;

@@ -20,6 +20,10 @@ pub(super) struct Device {
     pub(super) name: &'static str,
     pub(super) mac: [u8; 6],
     pub(super) accept_local: u32,
+    /// The kernel drops what comes in on a device without any IPv4 address as soon as rp_filter
+    /// is on, loose or not, and `all` may have it on. A loopback address of scope host serves: it
+    /// is never a source, never routed, never announced.
+    pub(super) address: [u8; 4],
 }
 
 pub(super) const OURS: [Device; 2] = [
@@ -29,12 +33,14 @@ pub(super) const OURS: [Device; 2] = [
         name: MESH0_NAME,
         mac: MESH0_MAC,
         accept_local: 1,
+        address: [127, 112, 109, 1],
     },
     Device {
         index: MESH1_IFINDEX,
         name: MESH1_NAME,
         mac: MESH1_MAC,
         accept_local: 0,
+        address: [127, 112, 109, 2],
     },
 ];
 
@@ -57,6 +63,7 @@ pub(super) struct Link {
     pub(super) mac: [u8; 6],
     pub(super) mtu: u32,
     pub(super) alias: Option<String>,
+    pub(super) addresses: Vec<[u8; 4]>,
     pub(super) rp_filter: u32,
     pub(super) accept_local: u32,
     /// `None`: no IPv6 on it at all.
@@ -93,7 +100,35 @@ pub(super) fn links(netlink: &mut Netlink) -> Result<Vec<Link>, DevicesError> {
             }
         })
         .map_err(failed("list the interfaces"))?;
+    let request = Message::new(libc::RTM_GETADDR, 0, &ifaddr(0, 0));
+    netlink
+        .dump(request, |kind, body| {
+            if kind == libc::RTM_NEWADDR && body.len() >= 8 {
+                let address = attribute(&body[8..], libc::IFA_LOCAL).unwrap_or_default();
+                let link: Option<&mut Link> =
+                    links.iter_mut().find(|link| link.index == u32_at(body, 4));
+                if let (Some(link), Ok(address)) = (link, address.try_into()) {
+                    link.addresses.push(address);
+                }
+            }
+        })
+        .map_err(failed("list the addresses"))?;
     Ok(links)
+}
+
+fn ifaddr(index: u32, prefix: u8) -> [u8; 8] {
+    let mut header = [
+        libc::AF_INET as u8,
+        prefix,
+        0,
+        libc::RT_SCOPE_HOST,
+        0,
+        0,
+        0,
+        0,
+    ];
+    header[4..8].copy_from_slice(&index.to_ne_bytes());
+    header
 }
 
 fn parse_link(body: &[u8]) -> Link {
@@ -191,6 +226,15 @@ pub(super) fn configure(
             })
         });
     netlink.change(message)
+}
+
+pub(super) fn add_address(netlink: &mut Netlink, device: &Device) -> io::Result<()> {
+    let flags = libc::NLM_F_CREATE | libc::NLM_F_REPLACE;
+    netlink.change(
+        Message::new(libc::RTM_NEWADDR, flags, &ifaddr(device.index, 32))
+            .attr(libc::IFA_LOCAL, &device.address)
+            .attr(libc::IFA_ADDRESS, &device.address),
+    )
 }
 
 pub(super) fn set_flags(

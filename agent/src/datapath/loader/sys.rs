@@ -19,6 +19,7 @@ const BPF_PROG_GET_FD_BY_ID: libc::c_long = 13;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const BPF_PROG_QUERY: libc::c_long = 16;
 const BPF_LINK_UPDATE: libc::c_long = 29;
+const BPF_LINK_DETACH: libc::c_long = 34;
 
 /// `BPF_SK_LOOKUP` of `enum bpf_attach_type`.
 pub(super) const ATTACH_SK_LOOKUP: u32 = 36;
@@ -185,6 +186,15 @@ pub(super) fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::
     };
     // SAFETY: no addresses in this attribute.
     unsafe { bpf(BPF_LINK_UPDATE, &mut attr)? };
+    Ok(())
+}
+
+/// Takes the program off the hook at once. Closing the last descriptor and the pin would do it too,
+/// a little later.
+pub(super) fn detach_link(link: BorrowedFd<'_>) -> io::Result<()> {
+    let mut link = raw(link);
+    // SAFETY: the attribute is the descriptor alone, without addresses.
+    unsafe { bpf(BPF_LINK_DETACH, &mut link)? };
     Ok(())
 }
 

@@ -40,8 +40,11 @@ impl Table {
 
     /// Writes down what should be. What should not be any more is found by its absence.
     pub(super) fn want(&mut self, desired: &[DesiredPod]) {
-        for entry in self.pods.values_mut() {
-            entry.desired = None;
+        let mut before: HashMap<PodUid, Arc<DesiredPod>> = HashMap::new();
+        for (uid, entry) in &mut self.pods {
+            if let Some(pod) = entry.desired.take() {
+                before.insert(Arc::clone(uid), pod);
+            }
         }
         for pod in desired {
             let entry = self
@@ -56,8 +59,14 @@ impl Table {
                     stale: false,
                 });
             entry.name.clone_from(&pod.name);
-            entry.stale = true;
-            entry.desired = Some(Arc::new(pod.clone()));
+            // A change elsewhere is no reason to look at this one.
+            entry.desired = Some(match before.remove(&pod.uid) {
+                Some(same) if is_same(&same, pod) => same,
+                Some(_) | None => {
+                    entry.stale = true;
+                    Arc::new(pod.clone())
+                }
+            });
         }
     }
 
@@ -185,6 +194,21 @@ pub(super) enum Outcome {
     Checked(Checked),
     StillLeaving,
     Left,
+}
+
+fn is_same(before: &DesiredPod, now: &DesiredPod) -> bool {
+    let DesiredPod {
+        uid,
+        name,
+        ips,
+        config,
+        netns,
+    } = before;
+    *uid == now.uid
+        && *name == now.name
+        && *ips == now.ips
+        && *config == now.config
+        && *netns == now.netns
 }
 
 impl Entry {
@@ -331,12 +355,16 @@ mod tests {
             ["a", "b"]
         );
         table.want(&[pod("a")]);
-        assert_eq!(uids(&table.jobs(false, start)), ["a"]);
+        assert!(table.jobs(false, start).is_empty(), "nothing changed");
         assert_eq!(
             table.pods.len(),
             1,
             "what is not wanted and not there is forgotten"
         );
+        let mut moved = pod("a");
+        moved.netns = "/run/netns/elsewhere".into();
+        table.want(&[moved]);
+        assert_eq!(uids(&table.jobs(false, start)), ["a"]);
     }
 
     #[test]

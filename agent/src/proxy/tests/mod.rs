@@ -1,1 +1,10 @@
-//! The room as a whole, in process: real TLS and real sockets on loopback addresses.
+//! The room as a whole, in process: real TLS, real sockets, two nodes.
+//!
+//! See [`world`] for how two nodes fit into one process. Making network namespaces needs root;
+//! without it each test says that it was skipped.
+
+mod attacks;
+mod ends;
+mod policy;
+mod relay;
+mod world;

@@ -4,6 +4,7 @@ use std::{
     process::{Command, Stdio},
     sync::atomic::{AtomicU32, Ordering},
     thread,
+    time::Duration,
 };
 
 use anyhow::{Context, Result, ensure};
@@ -57,14 +58,8 @@ impl Netns {
         })
     }
 
-    /// `eth0` here and `peer` there, up, with these addresses (`10.0.0.2/24`) on each.
-    pub(crate) fn connect(
-        &self,
-        other: &Netns,
-        peer: &str,
-        here: &[&str],
-        there: &[&str],
-    ) -> Result<()> {
+    /// A wire from `eth0` here to `eth0` there, up, with these addresses at each end.
+    pub(crate) fn connect_eth0(&self, other: &Netns, here: &[&str], there: &[&str]) -> Result<()> {
         self.ip(&[
             "link",
             "add",
@@ -73,15 +68,34 @@ impl Netns {
             "veth",
             "peer",
             "name",
-            peer,
+            "eth0",
             "netns",
             &other.name,
         ])?;
-        for (netns, device, addresses) in [(self, "eth0", here), (other, peer, there)] {
+        for (netns, addresses) in [(self, here), (other, there)] {
             for address in addresses {
-                netns.ip(&["addr", "add", address, "dev", device, "nodad"])?;
+                let length = if address.contains(':') { 64 } else { 24 };
+                netns.ip(&[
+                    "addr",
+                    "add",
+                    &format!("{address}/{length}"),
+                    "dev",
+                    "eth0",
+                    "nodad",
+                ])?;
             }
-            netns.ip(&["link", "set", device, "up"])?;
+            // A link-local address would come a while after the carrier and spoil the pictures.
+            netns.ip(&["link", "set", "eth0", "addrgenmode", "none"])?;
+            netns.ip(&["link", "set", "eth0", "up"])?;
+        }
+        for netns in [self, other] {
+            // The carrier is noticed by a worker of the kernel's.
+            for _ in 0..100 {
+                if netns.ip(&["link", "show", "eth0"])?.contains("state UP") {
+                    break;
+                }
+                thread::sleep(Duration::from_millis(20));
+            }
         }
         Ok(())
     }
@@ -109,6 +123,19 @@ impl Drop for Netns {
             eprintln!("{error:#}");
         }
     }
+}
+
+/// Says what is only in one of two pictures.
+pub(crate) fn ensure_same(before: &str, after: &str) -> Result<()> {
+    let only = |one: &str, other: &str| -> Vec<String> {
+        one.lines()
+            .filter(|line| !other.lines().any(|l| l == *line))
+            .map(str::to_owned)
+            .collect()
+    };
+    let (gone, new) = (only(before, after), only(after, before));
+    ensure!(before == after, "gone: {gone:#?}, new: {new:#?}");
+    Ok(())
 }
 
 pub(crate) fn run(command: &[&str]) -> Result<String> {

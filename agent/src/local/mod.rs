@@ -1,0 +1,245 @@
+//! Local mode: the mesh's objects from a directory of ordinary Kubernetes manifests.
+//!
+//! [`run`] is the single writer of the [`MeshStore`]: it reads every `*.yaml`, `*.yml` and `*.json`
+//! of one directory (not of directories in it), builds a mesh of what it found and publishes it,
+//! again after each change. `directory` keeps what each file held when it was last good, `document`
+//! turns text into objects through the same conversion as on a cluster. Errors never stop it: they
+//! are shown by `debug state` and logged once.
+//!
+//! Here and nowhere else is a pod's network namespace read, from the annotation
+//! `picomesh.io/netns`: who writes these files is root on this machine already.
+//!
+//! What a cluster would add is derived. A pod needs `spec.nodeName` and a uid; without
+//! `metadata.uid` it gets one from its cluster, namespace, name and netns, so that the same pod in
+//! another network namespace is another pod. A pod without a Ready condition is ready while its
+//! phase is Running or not said.
+#![forbid(unsafe_code)]
+
+mod directory;
+mod document;
+mod locate;
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    fmt,
+    future::Future,
+    io,
+    path::{Path, PathBuf},
+    pin::pin,
+    sync::Arc,
+    time::Duration,
+};
+
+use notify::Watcher;
+use tokio::{sync::watch, time};
+use tracing::{debug, info, warn};
+
+use crate::{
+    k8s::Converter,
+    state::{
+        Mesh, MeshStore, PodUid,
+        objects::{MeshSettings, Objects},
+    },
+};
+
+use directory::{Directory, Snapshot};
+
+/// After the first change we wait this long for its companions: editors and `kubectl`-like tools
+/// write several files, or one file in several steps.
+const GATHER: Duration = Duration::from_millis(50);
+/// The directory is read anew this often without being told, for file systems that do not tell.
+const POLL: Duration = Duration::from_secs(5);
+
+/// Where each pod's network namespace is.
+pub type Netns = HashMap<PodUid, PathBuf>;
+
+/// What [`run`] tells the rest of the agent besides the mesh itself.
+pub struct Outputs {
+    /// Written before the mesh that has the same pods.
+    pub netns: watch::Sender<Netns>,
+    /// Everything that is wrong in the files now; for `debug state`.
+    pub errors: watch::Sender<Arc<Vec<LoadError>>>,
+}
+
+/// Something in the files that a person should mend.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
+pub struct LoadError {
+    pub file: PathBuf,
+    /// From 1. `None`: the file as a whole.
+    pub line: Option<u64>,
+    /// Kind and name, where it got so far.
+    pub object: Option<String>,
+    /// Names field, value and remedy, as far as there is a field.
+    pub message: String,
+}
+
+impl fmt::Display for LoadError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.file.display())?;
+        if let Some(line) = self.line {
+            write!(f, ":{line}")?;
+        }
+        if let Some(object) = &self.object {
+            write!(f, ": {object}")?;
+        }
+        write!(f, ": {}", self.message)
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum LocalError {
+    #[error("cannot read the manifests in {}: make it a directory that this user may read", dir.display())]
+    Unreadable { dir: PathBuf, source: io::Error },
+}
+
+/// Reads `dir`, publishes the mesh, and goes on until `stop`. `loading` is dropped once the first
+/// mesh is published: a readiness guard.
+pub async fn run<Loading: Send>(
+    dir: PathBuf,
+    settings: Arc<MeshSettings>,
+    store: Arc<MeshStore>,
+    outputs: Outputs,
+    loading: Loading,
+    stop: impl Future<Output = ()> + Send,
+) -> Result<(), LocalError> {
+    let (changed, mut changes) = watch::channel(());
+    // Before the first reading, so that no change falls between the two.
+    let watcher = watch_directory(&dir, changed);
+    let mut writer = Writer {
+        directory: Some(Directory::new(dir, Converter::new(&settings))),
+        settings,
+        store,
+        outputs,
+        named: BTreeSet::new(),
+    };
+    writer.load().await?;
+    drop(loading);
+
+    let mut stop = pin!(stop);
+    loop {
+        tokio::select! {
+            () = &mut stop => return Ok(()),
+            // Never without a watcher: then the poll alone finds changes.
+            Ok(()) = changes.changed(), if watcher.is_some() => {
+                time::sleep(GATHER).await;
+                changes.borrow_and_update();
+            }
+            () = time::sleep(POLL) => {}
+        }
+        if let Err(error) = writer.load().await {
+            // The directory may be swapped for another this very moment: what we know stays.
+            warn!(%error, "the manifests are gone; the last ones stay in force");
+        }
+    }
+}
+
+/// `None`, with a warning, where the system has no more watches to give: the poll finds changes.
+fn watch_directory(dir: &Path, changed: watch::Sender<()>) -> Option<notify::RecommendedWatcher> {
+    let told = move |event: notify::Result<notify::Event>| {
+        // Our own reading is an event too.
+        if !event.is_ok_and(|event| event.kind.is_access()) {
+            changed.send_replace(());
+        }
+    };
+    notify::recommended_watcher(told)
+        .and_then(|mut watcher| {
+            watcher.watch(dir, notify::RecursiveMode::NonRecursive)?;
+            Ok(watcher)
+        })
+        .inspect_err(|error| {
+            let seconds = POLL.as_secs();
+            warn!(%error, "cannot watch the manifests, so they are read every {seconds} s");
+        })
+        .ok()
+}
+
+/// All objects of a text with one or more documents; kinds that are not read are left out.
+pub fn objects(text: &str, converter: &Converter) -> Result<Objects, LoadError> {
+    let mut objects = Objects::default();
+    for document in document::read(text, converter) {
+        match document {
+            Ok(document::Document::Object(loaded)) => objects.insert(loaded.object),
+            Ok(document::Document::Ignored { .. }) => {}
+            Err(wrong) => return Err(wrong.in_file(Path::new("-"))),
+        }
+    }
+    Ok(objects)
+}
+
+struct Writer {
+    /// Out while a blocking thread reads.
+    directory: Option<Directory>,
+    settings: Arc<MeshSettings>,
+    store: Arc<MeshStore>,
+    outputs: Outputs,
+    /// Kinds we do not read, named once.
+    named: BTreeSet<String>,
+}
+
+impl Writer {
+    /// Reads what changed; publishes if anything did.
+    async fn load(&mut self) -> Result<(), LocalError> {
+        let Some(mut directory) = self.directory.take() else {
+            return Ok(());
+        };
+        let settings = Arc::clone(&self.settings);
+        let version = self.store.load().version + 1;
+        let reading = tokio::task::spawn_blocking(move || {
+            let built = directory.read().map(|snapshot| {
+                snapshot
+                    .map(|snapshot| (Mesh::build(settings, version, &snapshot.objects), snapshot))
+            });
+            (directory, built)
+        });
+        let (directory, built) = match reading.await {
+            Ok(done) => done,
+            Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
+        };
+        self.directory = Some(directory);
+        if let Some((mesh, snapshot)) = built? {
+            self.publish(mesh, snapshot);
+        }
+        Ok(())
+    }
+
+    fn publish(&mut self, mesh: Mesh, snapshot: Snapshot) {
+        let Snapshot {
+            objects: _,
+            netns,
+            errors,
+            ignored,
+        } = snapshot;
+        for kind in ignored {
+            if !self.named.contains(&kind) {
+                info!(
+                    kind,
+                    "manifests of this kind have no meaning here and are ignored"
+                );
+                self.named.insert(kind);
+            }
+        }
+        let known = Arc::clone(&self.outputs.errors.borrow());
+        for error in errors.iter().filter(|error| !known.contains(error)) {
+            warn!(error = %error, "a manifest is not in force; what was good before stays");
+        }
+        let reported: BTreeSet<_> = self.store.load().problems.iter().cloned().collect();
+        for problem in mesh
+            .problems
+            .iter()
+            .filter(|problem| !reported.contains(problem))
+        {
+            warn!(problem = %problem, "the objects do not fit together");
+        }
+        debug!(
+            version = mesh.version,
+            pods = mesh.workloads.len(),
+            "new mesh"
+        );
+        self.outputs.errors.send_replace(Arc::new(errors));
+        self.outputs.netns.send_replace(netns);
+        self.store.publish(mesh);
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,555 @@
+//! From files to a published mesh.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+use tokio::sync::oneshot;
+
+use super::*;
+use crate::{
+    state::objects::Objects,
+    testing::manifests::{meshed_namespace, node, pod, settings},
+};
+
+const SERVER: &str = "\
+apiVersion: policy.linkerd.io/v1beta3
+kind: Server
+metadata:
+  name: web
+  namespace: shop
+spec:
+  podSelector: {}
+  port: 8080
+";
+
+/// A directory and what `run` would read from it, without the loop.
+struct World {
+    dir: tempfile::TempDir,
+    directory: Directory,
+}
+
+impl World {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let directory = Directory::new(dir.path().to_owned(), Converter::new(&settings()));
+        Self { dir, directory }
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        std::fs::write(self.dir.path().join(name), text).unwrap();
+    }
+
+    fn remove(&self, name: &str) {
+        std::fs::remove_file(self.dir.path().join(name)).unwrap();
+    }
+
+    /// What changed since the last reading; panics if nothing did.
+    fn read(&mut self) -> Snapshot {
+        self.directory.read().unwrap().expect("nothing changed")
+    }
+
+    /// The error's text, with the directory's name taken out.
+    fn errors(&self, snapshot: &Snapshot) -> Vec<String> {
+        let dir = format!("{}/", self.dir.path().display());
+        snapshot
+            .errors
+            .iter()
+            .map(|error| error.to_string().replace(&dir, ""))
+            .collect()
+    }
+}
+
+fn names(objects: &Objects) -> Vec<String> {
+    objects
+        .pods
+        .values()
+        .map(|pod| pod.key.to_string())
+        .collect()
+}
+
+#[test]
+fn every_manifest_of_the_directory_is_read_and_nothing_else() {
+    let mut world = World::new();
+    world.write(
+        "a.yaml",
+        &(meshed_namespace("shop", "") + &pod("shop/a", "n1", &["10.1.0.1"], "")),
+    );
+    world.write("b.yml", &pod("shop/b", "n1", &["10.1.0.2"], ""));
+    world.write(
+        "c.json",
+        "{\n\t\"apiVersion\": \"v1\", \"kind\": \"Pod\", \"metadata\": {\"name\": \"c\"},\n\
+         \t\"spec\": {\"nodeName\": \"n1\", \"containers\": []}\n}\n",
+    );
+    world.write("d.txt", "not a manifest");
+    world.write(".e.yaml", "an editor's: [");
+    world.write("f.yaml~", "another editor's: [");
+    std::fs::create_dir(world.dir.path().join("g.yaml")).unwrap();
+    let snapshot = world.read();
+    assert_eq!(world.errors(&snapshot), [""; 0]);
+    assert_eq!(snapshot.objects.namespaces.len(), 1);
+    let mut found = names(&snapshot.objects);
+    found.sort();
+    assert_eq!(found, ["default/c", "shop/a", "shop/b"]);
+}
+
+#[test]
+fn nothing_changed_is_nothing_to_publish() {
+    let mut world = World::new();
+    assert!(
+        world.directory.read().unwrap().is_some(),
+        "an empty directory is a mesh too"
+    );
+    assert!(world.directory.read().unwrap().is_none());
+    world.write("a.yaml", SERVER);
+    assert_eq!(world.read().objects.servers.len(), 1);
+    world.write("a.yaml", SERVER);
+    assert!(
+        world.directory.read().unwrap().is_none(),
+        "the same text again"
+    );
+    world.remove("a.yaml");
+    assert_eq!(world.read().objects.servers.len(), 0);
+}
+
+#[test]
+fn a_broken_file_keeps_its_last_good_objects_while_others_change() {
+    let mut world = World::new();
+    world.write("a.yaml", SERVER);
+    world.write("b.yaml", &pod("shop/b", "n1", &["10.1.0.2"], ""));
+    world.read();
+
+    world.write("a.yaml", &SERVER.replace("port: 8080", "port: [8080"));
+    world.write("b.yaml", &pod("shop/c", "n1", &["10.1.0.3"], ""));
+    let snapshot = world.read();
+    assert_eq!(snapshot.objects.servers.len(), 1);
+    assert_eq!(names(&snapshot.objects), ["shop/c"]);
+    assert_eq!(snapshot.errors.len(), 1);
+    assert_eq!(snapshot.errors[0].file, world.dir.path().join("a.yaml"));
+    assert!(
+        world.directory.read().unwrap().is_none(),
+        "an error is told once"
+    );
+
+    world.write("a.yaml", "# deleted on purpose\n");
+    let snapshot = world.read();
+    assert_eq!(world.errors(&snapshot), [""; 0]);
+    assert_eq!(snapshot.objects.servers.len(), 0);
+}
+
+#[test]
+fn a_file_counts_as_a_whole() {
+    let mut world = World::new();
+    let broken = SERVER.replace("port: 8080", "port: 0");
+    world.write(
+        "a.yaml",
+        &format!("{}---\n{broken}", pod("shop/a", "n1", &["10.1.0.1"], "")),
+    );
+    let snapshot = world.read();
+    assert_eq!(names(&snapshot.objects), [""; 0]);
+    assert_eq!(
+        world.errors(&snapshot),
+        [
+            "a.yaml:11: Server shop/web: spec.port: \"0\" is not a port; write a number from 1 to \
+          65535"
+        ]
+    );
+}
+
+#[test]
+fn an_error_names_file_line_object_field_value_and_remedy() {
+    let rows = [
+        (
+            SERVER.replace("port: 8080", "port: 1-65535"),
+            "a.yaml:8: Server shop/web: spec.port: \"1-65535\" is not a port; write one number \
+             from 1 to 65535, or the name of a container's port",
+        ),
+        (
+            SERVER.replace("port: 8080", "port: 8080\n  protcol: HTTP/1"),
+            "a.yaml:9: Server shop/web: unknown field `protcol`, expected one of podSelector, \
+             externalWorkloadSelector, port, proxyProtocol, accessPolicy, protocol, in \
+             `protcol: HTTP/1`",
+        ),
+        (
+            SERVER.replace("v1beta3", "v2"),
+            "a.yaml:1: Server shop/web: apiVersion: \"policy.linkerd.io/v2\" is no version of \
+             Server; write policy.linkerd.io/v1beta3",
+        ),
+        (
+            format!("# shop\n---\n{}", pod("shop/a", "", &["10.1.0.1"], "")),
+            "a.yaml:4: Pod shop/a: spec.nodeName: \"\" is missing; name the node that runs the \
+             pod: nothing schedules it here",
+        ),
+        (
+            pod("shop/a", "n1", &["10.1.0.300"], ""),
+            "a.yaml:2: Pod shop/a: status.podIPs[0].ip: \"10.1.0.300\" is not an IP address; write \
+             an IPv4 or IPv6 address",
+        ),
+        (
+            "apiVersion: v1\nmetadata: {name: x}\n".to_owned(),
+            "a.yaml:1: kind: \"\" is missing; every Kubernetes object says it",
+        ),
+    ];
+    for (text, wanted) in rows {
+        let mut world = World::new();
+        world.write("a.yaml", &text);
+        let snapshot = world.read();
+        assert_eq!(world.errors(&snapshot), [wanted], "{text}");
+    }
+}
+
+#[test]
+fn an_item_of_a_list_is_read_as_if_it_stood_alone() {
+    let mut world = World::new();
+    world.write(
+        "list.yaml",
+        "apiVersion: v1
+kind: List
+items:
+- apiVersion: v1
+  kind: Pod
+  metadata: {name: a}
+  spec: {nodeName: n1, containers: [{name: c, resources: {limits: {cpu: 1}}}]}
+- {apiVersion: v1, kind: Namespace, metadata: {name: shop}}
+---
+apiVersion: v1
+kind: PodList
+metadata: {resourceVersion: \"1\"}
+items:
+- metadata: {name: b}
+  spec: {nodeName: n1, containers: []}
+",
+    );
+    let snapshot = world.read();
+    assert_eq!(world.errors(&snapshot), [""; 0]);
+    assert_eq!(
+        (
+            snapshot.objects.pods.len(),
+            snapshot.objects.namespaces.len()
+        ),
+        (2, 1)
+    );
+
+    world.write(
+        "list.yaml",
+        "kind: List\napiVersion: v1\nitems:\n- {apiVersion: v1, kind: Namespace, metadata: {name: \
+         shop}}\n- apiVersion: v1\n  kind: Pod\n  metadata: {name: a}\n",
+    );
+    let snapshot = world.read();
+    assert_eq!(
+        world.errors(&snapshot),
+        [
+            "list.yaml:5: Pod a: spec.nodeName: \"\" is missing; name the node that runs the pod: \
+          nothing schedules it here"
+        ]
+    );
+}
+
+#[test]
+fn the_same_object_in_two_files_is_an_error_that_names_both() {
+    let mut world = World::new();
+    world.write("a.yaml", &pod("shop/a", "n1", &["10.1.0.1"], ""));
+    world.write(
+        "b.yaml",
+        &format!("# b\n{}", pod("shop/a", "n2", &["10.1.0.2"], "")),
+    );
+    let snapshot = world.read();
+    let dir = world.dir.path().display();
+    assert_eq!(
+        world.errors(&snapshot),
+        [
+            "b.yaml:3: Pod shop/a: stands in a.yaml:2 too, and only that one counts; delete one of \
+          them"
+        ],
+        "{dir}"
+    );
+    let pods: Vec<_> = snapshot.objects.pods.values().collect();
+    assert_eq!(pods.len(), 1);
+    assert_eq!(pods[0].node.as_deref(), Some("n1"));
+
+    world.remove("a.yaml");
+    let snapshot = world.read();
+    assert_eq!(world.errors(&snapshot), [""; 0]);
+    assert_eq!(
+        snapshot
+            .objects
+            .pods
+            .values()
+            .next()
+            .unwrap()
+            .node
+            .as_deref(),
+        Some("n2")
+    );
+}
+
+#[test]
+fn the_same_object_twice_in_one_file_breaks_the_file() {
+    let mut world = World::new();
+    world.write("a.yaml", &format!("{SERVER}---\n{SERVER}"));
+    let snapshot = world.read();
+    assert_eq!(snapshot.objects.servers.len(), 0);
+    assert_eq!(
+        world.errors(&snapshot),
+        ["a.yaml:10: Server shop/web: stands in line 1 of this file too; delete one of them"]
+    );
+}
+
+#[test]
+fn two_pods_of_one_uid_are_an_error() {
+    let mut world = World::new();
+    world.write("a.yaml", &pod("shop/a", "n1", &["10.1.0.1"], ""));
+    world.write(
+        "b.yaml",
+        &pod("shop/b", "n1", &["10.1.0.2"], "").replace("uid-b", "uid-a"),
+    );
+    let snapshot = world.read();
+    assert_eq!(names(&snapshot.objects), ["shop/a"]);
+    assert_eq!(
+        world.errors(&snapshot),
+        [
+            "b.yaml:2: Pod shop/b: metadata.uid: \"uid-a\" is the uid of Pod shop/a in a.yaml too; \
+          give each its own, or none"
+        ]
+    );
+}
+
+#[test]
+fn the_netns_annotation_is_read_and_a_relative_one_refused() {
+    let mut world = World::new();
+    let more = "annotations: {picomesh.io/netns: /run/netns/a}";
+    world.write("a.yaml", &pod("shop/a", "n1", &["10.1.0.1"], more));
+    world.write("b.yaml", &pod("shop/b", "n1", &["10.1.0.2"], ""));
+    let snapshot = world.read();
+    assert_eq!(
+        snapshot.netns.into_iter().collect::<Vec<_>>(),
+        [(PodUid::from("uid-a"), PathBuf::from("/run/netns/a"))]
+    );
+
+    world.write(
+        "a.yaml",
+        &pod("shop/a", "n1", &["10.1.0.1"], &more.replace("/run", "run")),
+    );
+    let snapshot = world.read();
+    assert_eq!(
+        world.errors(&snapshot),
+        [
+            "a.yaml:2: Pod shop/a: metadata.annotations[picomesh.io/netns]: \"run/netns/a\" is a \
+          relative path; write the whole path, like /run/netns/web"
+        ]
+    );
+    assert_eq!(snapshot.netns.len(), 1, "the last good one stays");
+}
+
+#[test]
+fn a_derived_uid_is_stable_and_belongs_to_one_pod_in_one_netns() {
+    let uid = |text: &str| {
+        let objects = objects(text, &Converter::new(&settings())).unwrap();
+        objects.pods.keys().next().unwrap().to_string()
+    };
+    let more = "annotations: {picomesh.io/netns: /run/netns/a}";
+    let text = pod("shop/a", "n1", &["10.1.0.1"], more).replace("uid: uid-a, ", "");
+    let first = uid(&text);
+    // Two agents of different builds, and one before and after a restart, must agree.
+    assert_eq!(first, "85b3bc16-d553-65e3-2848-9ee56b12aab4");
+    assert_eq!(uid(&text.replace("10.1.0.1", "10.1.0.9")), first);
+    for other in [
+        text.replace("netns/a", "netns/b"),
+        text.replace("namespace: shop", "namespace: shopa"),
+        text.replace("name: a,", "name: b,"),
+    ] {
+        assert_ne!(uid(&other), first, "{other}");
+    }
+}
+
+#[test]
+fn readiness_is_the_condition_or_else_the_phase() {
+    let rows = [
+        ("", true),
+        ("phase: Running", true),
+        ("phase: Pending", false),
+        ("phase: Failed", false),
+        (
+            "phase: Running, conditions: [{type: Ready, status: \"False\"}]",
+            false,
+        ),
+        (
+            "phase: Pending, conditions: [{type: Ready, status: \"True\"}]",
+            true,
+        ),
+        ("conditions: [{type: Initialized, status: \"True\"}]", true),
+        (
+            "phase: Pending, conditions: [{type: Initialized, status: \"True\"}]",
+            false,
+        ),
+    ];
+    for (status, ready) in rows {
+        let text = format!(
+            "{{apiVersion: v1, kind: Pod, metadata: {{name: a}}, spec: {{nodeName: n1, \
+             containers: []}}, status: {{{status}}}}}"
+        );
+        let objects = objects(&text, &Converter::new(&settings())).unwrap();
+        assert_eq!(
+            objects.pods.values().next().unwrap().ready,
+            ready,
+            "{status}"
+        );
+    }
+}
+
+#[test]
+fn kinds_that_are_not_read_are_named_and_do_no_harm() {
+    let mut world = World::new();
+    world.write(
+        "a.yaml",
+        &format!(
+            "apiVersion: apps/v1\nkind: Deployment\nmetadata: {{name: a}}\nspec: {{replicas: x}}\n\
+             ---\napiVersion: policy.linkerd.io/v1beta3\nkind: HTTPRoute\nmetadata: {{name: a}}\n\
+             ---\n{SERVER}"
+        ),
+    );
+    let snapshot = world.read();
+    assert_eq!(world.errors(&snapshot), [""; 0]);
+    let ignored: Vec<_> = snapshot.ignored.iter().map(String::as_str).collect();
+    assert_eq!(
+        ignored,
+        ["apps/v1 Deployment", "policy.linkerd.io/v1beta3 HTTPRoute"]
+    );
+    assert_eq!(snapshot.objects.servers.len(), 1);
+}
+
+#[test]
+fn what_is_no_text_of_bounded_size_is_an_error() {
+    let mut world = World::new();
+    let path = |name: &str| world.dir.path().join(name);
+    let file = std::fs::File::create(path("big.yaml")).unwrap();
+    file.set_len(4 * 1024 * 1024 + 1).unwrap();
+    std::fs::write(path("latin1.yaml"), b"name: \xe9").unwrap();
+    nix::unistd::mkfifo(&path("pipe.yaml"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let snapshot = world.read();
+    assert_eq!(
+        world.errors(&snapshot),
+        [
+            "big.yaml: is larger than 4 MiB; split it into several files",
+            "latin1.yaml: is not UTF-8 text; save it as such",
+            "pipe.yaml: is no ordinary file; replace it by one",
+        ]
+    );
+    let mut fits = b"#".to_vec();
+    fits.resize(4 * 1024 * 1024, b' ');
+    std::fs::write(world.dir.path().join("big.yaml"), fits).unwrap();
+    assert_eq!(world.read().errors.len(), 2);
+}
+
+#[test]
+fn a_separator_counts_wherever_it_stands() {
+    let text = "%YAML 1.2\n---\n# one\n...\n---\r\napiVersion: v1\nkind: Namespace\nmetadata:\n  \
+                name: a\n--- # two\n{apiVersion: v1, kind: Namespace, metadata: {name: b}}\n---\n---\n";
+    let objects = objects(text, &Converter::new(&settings())).unwrap();
+    let names: Vec<_> = objects.namespaces.keys().map(ToString::to_string).collect();
+    assert_eq!(names, ["a", "b"]);
+}
+
+#[tokio::test]
+async fn a_missing_directory_is_an_error_before_readiness() {
+    let dir = tempfile::tempdir().unwrap();
+    let missing = dir.path().join("nothing");
+    let running = start(missing.clone());
+    let error = running.task.await.unwrap().unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .starts_with("cannot read the manifests in "),
+        "{error}"
+    );
+    assert!(
+        error.to_string().contains(&missing.display().to_string()),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn an_edit_is_published_without_restart_and_the_loop_ends_when_asked() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("mesh.yaml");
+    let base = node("n1", &["192.168.0.1"]) + &meshed_namespace("shop", "");
+    let annotated = |more: &str| base.clone() + &pod("shop/a", "n1", &["10.1.0.1"], more);
+    std::fs::write(
+        &file,
+        annotated("annotations: {picomesh.io/netns: /run/netns/a}"),
+    )
+    .unwrap();
+
+    let mut running = start(dir.path().to_owned());
+    running.loaded.await.unwrap_err();
+    let mesh = running.store.load();
+    assert_eq!(mesh.version, 1);
+    assert!(mesh.workloads["uid-a"].meshed);
+    assert_eq!(
+        running.netns.borrow()["uid-a"],
+        PathBuf::from("/run/netns/a")
+    );
+    assert!(running.errors.borrow().is_empty());
+
+    let mut versions = running.store.subscribe();
+    std::fs::write(&file, annotated("labels: {picomesh.io/mesh: disabled}")).unwrap();
+    let published = versions.wait_for(|_| !running.store.load().workloads["uid-a"].meshed);
+    time::timeout(Duration::from_secs(2), published)
+        .await
+        .expect("not told of the edit")
+        .unwrap();
+    assert!(running.netns.borrow().is_empty());
+
+    std::fs::write(&file, "{").unwrap();
+    let told = running.errors.wait_for(|errors| errors.len() == 1);
+    time::timeout(Duration::from_secs(2), told)
+        .await
+        .expect("not told of the error")
+        .unwrap();
+    assert!(
+        running.store.load().workloads.contains_key("uid-a"),
+        "the last good state stays"
+    );
+
+    drop(running.stop);
+    running.task.await.unwrap().unwrap();
+}
+
+struct Running {
+    store: Arc<MeshStore>,
+    netns: watch::Receiver<Netns>,
+    errors: watch::Receiver<Arc<Vec<LoadError>>>,
+    /// Errs once the guard is dropped.
+    loaded: oneshot::Receiver<()>,
+    stop: oneshot::Sender<()>,
+    task: tokio::task::JoinHandle<Result<(), LocalError>>,
+}
+
+fn start(dir: PathBuf) -> Running {
+    let settings = Arc::new(settings());
+    let empty = Mesh::build(Arc::clone(&settings), 0, &Objects::default());
+    let store = Arc::new(MeshStore::new(empty));
+    let (netns_sender, netns) = watch::channel(Netns::new());
+    let (errors_sender, errors) = watch::channel(Arc::default());
+    let (loading, loaded) = oneshot::channel();
+    let (stop, stopped) = oneshot::channel::<()>();
+    let outputs = Outputs {
+        netns: netns_sender,
+        errors: errors_sender,
+    };
+    let task = tokio::spawn(run(
+        dir,
+        settings,
+        Arc::clone(&store),
+        outputs,
+        loading,
+        async move {
+            let _closed = stopped.await;
+        },
+    ));
+    Running {
+        store,
+        netns,
+        errors,
+        loaded,
+        stop,
+        task,
+    }
+}

@@ -1,0 +1,763 @@
+//! Who is in the mesh, and where addresses lead: from manifests to the answers.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::net::{IpAddr, SocketAddr};
+
+use super::{
+    Mesh, Workload,
+    objects::{MeshSettings, OutboundDefault},
+    resolve::{Carrier, Destination, resolve},
+};
+use crate::testing::manifests::{mesh, mesh_with, meshed_namespace, node, pod, settings, workload};
+
+/// Two nodes, a meshed namespace `shop` with `web` on this node and `api` on the other, and a
+/// plain namespace `bank` with `till` on this one.
+fn base() -> String {
+    [
+        node("n1", &["192.168.0.1", "fd00:1::1"]),
+        node("n2", &["192.168.0.2", "fd00:1::2"]),
+        meshed_namespace("shop", ""),
+        pod(
+            "shop/web",
+            "n1",
+            &["10.1.0.1", "fd00:a::1"],
+            "labels: {app: front}",
+        ),
+        pod(
+            "shop/api",
+            "n2",
+            &["10.2.0.1", "fd00:b::1"],
+            "labels: {app: back}",
+        ),
+        pod("bank/till", "n1", &["10.1.0.9"], "labels: {app: till}"),
+    ]
+    .concat()
+}
+
+fn service(name: &str, spec: &str) -> String {
+    format!(
+        "---\n{{apiVersion: v1, kind: Service, metadata: {{name: {name}, namespace: shop}}, \
+         spec: {{{spec}}}}}\n"
+    )
+}
+
+fn slice(name: &str, service: &str, body: &str) -> String {
+    format!(
+        "---\n{{apiVersion: discovery.k8s.io/v1, kind: EndpointSlice, metadata: {{name: {name}, \
+         namespace: shop, labels: {{kubernetes.io/service-name: {service}}}}}, \
+         addressType: IPv4, {body}}}\n"
+    )
+}
+
+/// The answer in one line: the carrier and address of each endpoint, or the refusal's word.
+fn lead(mesh: &Mesh, destination: &str) -> String {
+    lead_from(mesh, workload(mesh, "shop/web"), destination)
+}
+
+fn lead_from(mesh: &Mesh, source: &Workload, destination: &str) -> String {
+    let endpoint = |endpoint: &super::resolve::Endpoint| {
+        let carrier = match &endpoint.carrier {
+            Carrier::Local => "local".to_owned(),
+            Carrier::Tunnel { node, addresses } => format!("tunnel({node},{})", addresses.len()),
+            Carrier::Plain => "plain".to_owned(),
+        };
+        let name = endpoint
+            .workload
+            .as_ref()
+            .map_or("?", |workload| &*workload.key.name);
+        format!("{carrier} {name} {}", endpoint.addr)
+    };
+    match resolve(mesh, source, destination.parse::<SocketAddr>().unwrap()) {
+        Destination::Service(service) => {
+            let all: Vec<_> = service.endpoints.iter().map(endpoint).collect();
+            format!(
+                "{}:{} [{}]",
+                service.service.name,
+                service.port,
+                all.join(", ")
+            )
+        }
+        Destination::Endpoint(one) => endpoint(&one),
+        Destination::Passthrough(addr) => format!("pass {addr}"),
+        Destination::Refused(reason) => format!("refused {}", reason.as_str()),
+    }
+}
+
+fn problems(mesh: &Mesh) -> Vec<String> {
+    mesh.problems.iter().map(ToString::to_string).collect()
+}
+
+#[test]
+fn the_pods_word_wins_over_its_namespaces_and_some_pods_are_never_meshed() {
+    let namespaces = meshed_namespace("shop", "")
+        + &meshed_namespace("kube-system", "")
+        + &meshed_namespace("picomesh-system", "")
+        + "---\n{apiVersion: v1, kind: Namespace, metadata: {name: bank}}\n";
+    let yes = "labels: {picomesh.io/mesh: enabled}";
+    let no = "annotations: {picomesh.io/mesh: disabled}";
+    let rows = [
+        ("shop/a", "", true),
+        ("shop/a", yes, true),
+        ("shop/a", no, false),
+        (
+            "shop/a",
+            "annotations: {linkerd.io/inject: disabled}",
+            false,
+        ),
+        ("bank/a", "", false),
+        ("bank/a", yes, true),
+        ("nowhere/a", "", false),
+        ("nowhere/a", yes, true),
+        ("kube-system/a", "", false),
+        ("kube-system/a", yes, false),
+        ("picomesh-system/a", yes, false),
+    ];
+    for (name, more, meshed) in rows {
+        let mesh = mesh(&(namespaces.clone() + &pod(name, "n1", &["10.1.0.1"], more)));
+        assert_eq!(workload(&mesh, name).meshed, meshed, "{name} {more}");
+        let told = problems(&mesh).iter().any(|p| p.contains("never is"));
+        assert_eq!(
+            told,
+            name.contains("-system") && more == yes,
+            "{name} {more}"
+        );
+    }
+    let host =
+        pod("shop/a", "n1", &["192.168.0.1"], yes).replace("spec: {", "spec: {hostNetwork: true, ");
+    let mesh = mesh(&(namespaces + &node("n1", &["192.168.0.1"]) + &host));
+    let workload = workload(&mesh, "shop/a");
+    assert!(!workload.meshed && workload.policy.is_none());
+    assert!(mesh.by_ip.is_empty(), "a node's address is never a pod's");
+    assert_eq!(
+        problems(&mesh),
+        [
+            "Pod shop/a: asks to be in the mesh and never is: it shares the node's network; remove \
+          the word"
+        ]
+    );
+}
+
+#[test]
+fn words_of_the_pod_win_over_those_of_the_namespace_and_those_over_the_meshs() {
+    let namespace = meshed_namespace(
+        "shop",
+        "annotations: {config.picomesh.io/skip-inbound-ports: \"1\", \
+         config.picomesh.io/skip-outbound-ports: \"2\", config.picomesh.io/outbound-default: deny}",
+    );
+    let own = "annotations: {config.picomesh.io/skip-outbound-ports: \"3\", \
+               config.picomesh.io/outbound-default: allow}";
+    let mesh = mesh(
+        &(namespace
+            + &pod("shop/a", "n1", &["10.1.0.1"], "")
+            + &pod("shop/b", "n1", &["10.1.0.2"], own)),
+    );
+    let ports = |name: &str| {
+        let w = workload(&mesh, name);
+        (
+            w.skip_inbound[0].first,
+            w.skip_outbound[0].first,
+            w.outbound_default,
+        )
+    };
+    assert_eq!(ports("shop/a"), (1, 2, OutboundDefault::Deny));
+    assert_eq!(ports("shop/b"), (1, 3, OutboundDefault::Allow));
+    let deny = MeshSettings {
+        outbound_default: OutboundDefault::Deny,
+        ..settings()
+    };
+    let strict = mesh_with(deny, &pod("shop/a", "n1", &["10.1.0.1"], ""));
+    assert_eq!(
+        workload(&strict, "shop/a").outbound_default,
+        OutboundDefault::Deny
+    );
+    assert_eq!(
+        lead_from(&strict, workload(&strict, "shop/a"), "1.1.1.1:443"),
+        "refused outbound_default_deny"
+    );
+}
+
+#[test]
+fn policy_is_built_for_the_pods_of_this_node() {
+    let mesh = mesh(&base());
+    assert!(workload(&mesh, "shop/web").local && workload(&mesh, "shop/web").policy.is_some());
+    assert!(!workload(&mesh, "shop/api").local && workload(&mesh, "shop/api").policy.is_none());
+    assert_eq!(
+        workload(&mesh, "shop/api").identity.to_string(),
+        "spiffe://cluster.local/ns/shop/sa/api"
+    );
+}
+
+#[test]
+fn a_pods_own_address_leads_to_it_by_the_carrier_its_state_demands() {
+    let mut text = base();
+    text += &pod(
+        "shop/picky",
+        "n2",
+        &["10.2.0.7"],
+        "annotations: {config.linkerd.io/skip-inbound-ports: \"22,4000-5000\"}",
+    );
+    text += &pod("shop/lost", "n3", &["10.3.0.1"], "");
+    let mesh = mesh(&text);
+    let rows = [
+        ("10.1.0.1:1", "local web 10.1.0.1:1"),
+        ("[fd00:a::1]:80", "local web [fd00:a::1]:80"),
+        ("10.2.0.1:8080", "tunnel(n2,2) api 10.2.0.1:8080"),
+        ("[::ffff:10.2.0.1]:8080", "tunnel(n2,2) api 10.2.0.1:8080"),
+        ("10.1.0.9:8080", "plain till 10.1.0.9:8080"),
+        ("10.2.0.7:21", "tunnel(n2,2) picky 10.2.0.7:21"),
+        ("10.2.0.7:22", "plain picky 10.2.0.7:22"),
+        ("10.2.0.7:3999", "tunnel(n2,2) picky 10.2.0.7:3999"),
+        ("10.2.0.7:4000", "plain picky 10.2.0.7:4000"),
+        ("10.2.0.7:5000", "plain picky 10.2.0.7:5000"),
+        ("10.2.0.7:5001", "tunnel(n2,2) picky 10.2.0.7:5001"),
+        // HBONE of a pod's own is the pod's.
+        ("10.2.0.1:15008", "tunnel(n2,2) api 10.2.0.1:15008"),
+        // Never plain, although nobody knows how to get there.
+        ("10.3.0.1:80", "tunnel(n3,0) lost 10.3.0.1:80"),
+        ("192.168.0.1:22", "pass 192.168.0.1:22"),
+        ("1.1.1.1:443", "pass 1.1.1.1:443"),
+        ("[::ffff:1.1.1.1]:443", "pass 1.1.1.1:443"),
+        ("192.168.0.1:15008", "refused tunnel_port"),
+        ("[fd00:1::2]:15008", "refused tunnel_port"),
+        ("1.1.1.1:15008", "pass 1.1.1.1:15008"),
+        ("127.0.0.1:80", "refused unroutable"),
+        ("[::1]:80", "refused unroutable"),
+        ("0.0.0.0:80", "refused unroutable"),
+        ("[::]:80", "refused unroutable"),
+        ("224.0.0.1:80", "refused unroutable"),
+        ("[ff02::1]:80", "refused unroutable"),
+        ("255.255.255.255:80", "refused unroutable"),
+        ("10.2.0.1:0", "refused unroutable"),
+    ];
+    for (destination, wanted) in rows {
+        assert_eq!(lead(&mesh, destination), wanted, "{destination}");
+    }
+    assert_eq!(
+        problems(&mesh),
+        [
+            "Node n3: runs meshed pods and has no address, so nobody reaches them; give it \
+          status.addresses"
+        ]
+    );
+}
+
+#[test]
+fn an_address_of_two_live_pods_is_refused_and_one_of_the_dead_is_not() {
+    let claim = |more: &str, node: &str| pod("shop/other", node, &["10.2.0.1"], more);
+    let deleted = "deletionTimestamp: \"2026-01-01T00:00:00Z\"";
+    let done =
+        |phase: &str| claim("", "n2").replace("status: {", &format!("status: {{phase: {phase}, "));
+    let rows = [
+        (claim("", "n2"), "refused ambiguous_address"),
+        (claim("", "n1"), "refused ambiguous_address"),
+        // The node gives its addresses out itself; another node's word is not enough.
+        (claim(deleted, "n2"), "tunnel(n2,2) api 10.2.0.1:80"),
+        (claim(deleted, "n1"), "refused ambiguous_address"),
+        (done("Succeeded"), "tunnel(n2,2) api 10.2.0.1:80"),
+        (done("Failed"), "tunnel(n2,2) api 10.2.0.1:80"),
+        (done("Running"), "refused ambiguous_address"),
+    ];
+    for (other, wanted) in rows {
+        let mesh = mesh(&(base() + &other));
+        assert_eq!(lead(&mesh, "10.2.0.1:80"), wanted, "{other}");
+        let ambiguous = wanted.contains("ambiguous");
+        assert_eq!(
+            problems(&mesh).len(),
+            if ambiguous { 2 } else { 0 },
+            "{other}"
+        );
+        assert_eq!(
+            mesh.by_ip
+                .contains_key(&"10.2.0.1".parse::<IpAddr>().unwrap()),
+            !ambiguous
+        );
+    }
+    // Alone, a terminating pod keeps its address.
+    let text = base() + &pod("shop/leaving", "n2", &["10.2.0.2"], deleted);
+    assert_eq!(
+        lead(&mesh(&text), "10.2.0.2:80"),
+        "tunnel(n2,2) leaving 10.2.0.2:80"
+    );
+}
+
+#[test]
+fn a_pod_cannot_claim_a_nodes_address_nor_a_node_anothers() {
+    let text =
+        base() + &pod("shop/liar", "n2", &["192.168.0.1"], "") + &node("n3", &["192.168.0.2"]);
+    let mesh = mesh(&text);
+    assert_eq!(lead(&mesh, "192.168.0.1:80"), "pass 192.168.0.1:80");
+    let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+    assert_eq!(
+        mesh.node_of_address.get(&ip("192.168.0.1")).map(|n| &**n),
+        Some("n1")
+    );
+    assert_eq!(mesh.node_of_address.get(&ip("192.168.0.2")), None);
+    assert_eq!(
+        mesh.node_of_address.get(&ip("fd00:1::2")).map(|n| &**n),
+        Some("n2")
+    );
+    assert_eq!(lead(&mesh, "192.168.0.2:15008"), "refused tunnel_port");
+    assert_eq!(problems(&mesh).len(), 3, "{:?}", problems(&mesh));
+}
+
+#[test]
+fn every_frontend_of_a_service_leads_to_its_endpoints() {
+    let text = base()
+        + &pod(
+            "shop/back2",
+            "n1",
+            &["10.1.0.2", "fd00:a::2"],
+            "labels: {app: back}",
+        )
+        + "---\n{apiVersion: v1, kind: Service, metadata: {name: api, namespace: shop}, spec: \
+           {type: LoadBalancer, clusterIPs: [10.96.0.1, \"fd00:c::1\"], externalIPs: [192.0.2.1], \
+           selector: {app: back}, ports: [{name: web, port: 80, targetPort: http, nodePort: \
+           30080}, {name: raw, port: 81}, {name: dns, port: 53, protocol: UDP}]}, status: \
+           {loadBalancer: {ingress: [{ip: 192.0.2.9}, {ip: 192.0.2.10, ipMode: Proxy}, \
+           {hostname: lb.example}]}}}\n";
+    let mesh = mesh(&text);
+    // In the order of the pods' uids.
+    let four = "[tunnel(n2,2) api 10.2.0.1:8080, local back2 10.1.0.2:8080]";
+    let six = "[tunnel(n2,2) api [fd00:b::1]:8080, local back2 [fd00:a::2]:8080]";
+    let rows = [
+        ("10.96.0.1:80", format!("api:80 {four}")),
+        (
+            "10.96.0.1:81",
+            format!("api:81 {}", four.replace("8080", "81")),
+        ),
+        ("[fd00:c::1]:80", format!("api:80 {six}")),
+        ("192.0.2.1:80", format!("api:80 {four}")),
+        ("192.0.2.9:80", format!("api:80 {four}")),
+        ("192.168.0.1:30080", format!("api:80 {four}")),
+        ("192.168.0.2:30080", format!("api:80 {four}")),
+        ("[fd00:1::2]:30080", format!("api:80 {six}")),
+        ("10.96.0.1:53", "refused no_such_port".into()),
+        ("10.96.0.1:82", "refused no_such_port".into()),
+        ("192.0.2.9:82", "pass 192.0.2.9:82".into()),
+        ("192.0.2.10:80", "pass 192.0.2.10:80".into()),
+        ("192.168.0.1:30081", "pass 192.168.0.1:30081".into()),
+    ];
+    for (destination, wanted) in rows {
+        assert_eq!(lead(&mesh, destination), wanted, "{destination}");
+    }
+    assert_eq!(problems(&mesh), [""; 0]);
+}
+
+#[test]
+fn ready_endpoints_come_first_and_serving_ones_that_terminate_are_the_last_resort() {
+    let member = |n: u8, conditions: &str| {
+        format!("{{addresses: [10.9.0.{n}], conditions: {{{conditions}}}}}")
+    };
+    let ready = member(1, "ready: true");
+    let unsaid = member(2, "");
+    let leaving = member(3, "ready: false, serving: true, terminating: true");
+    let dead = member(4, "ready: false, serving: false, terminating: true");
+    let waking = member(5, "ready: false, serving: true, terminating: false");
+    let rows: [(&[&String], &str, &str); 6] = [
+        (&[&ready, &unsaid, &leaving, &dead, &waking], "", "1 2"),
+        (&[&leaving, &dead, &waking], "", "3"),
+        (&[&dead, &waking], "", "refused no_endpoints"),
+        (&[], "", "refused no_endpoints"),
+        (
+            &[&ready, &leaving, &dead, &waking],
+            "publishNotReadyAddresses: true,",
+            "1 3 4 5",
+        ),
+        (&[&dead], "publishNotReadyAddresses: true,", "4"),
+    ];
+    for (members, more, wanted) in rows {
+        let members: Vec<_> = members.iter().map(|member| member.as_str()).collect();
+        let mesh = mesh(
+            &(base()
+                + &service(
+                    "x",
+                    &format!("{more} clusterIP: 10.96.0.1, ports: [{{port: 80}}]"),
+                )
+                + &slice(
+                    "x-1",
+                    "x",
+                    &format!("ports: [{{port: 80}}], endpoints: [{}]", members.join(", ")),
+                )),
+        );
+        let got = lead(&mesh, "10.96.0.1:80");
+        let wanted = match wanted.strip_prefix("refused") {
+            Some(_) => wanted.to_owned(),
+            None => {
+                let all: Vec<_> = wanted
+                    .split(' ')
+                    .map(|n| format!("plain ? 10.9.0.{n}:80"))
+                    .collect();
+                format!("x:80 [{}]", all.join(", "))
+            }
+        };
+        assert_eq!(got, wanted, "{members:?} {more}");
+    }
+}
+
+#[test]
+fn derived_endpoints_respect_readiness_and_termination() {
+    let not_ready = |text: String| text.replace("status: {", "status: {phase: Pending, ");
+    let deleted = "labels: {app: x}, deletionTimestamp: \"2026-01-01T00:00:00Z\"";
+    let ready = pod("shop/a", "n1", &["10.1.0.5"], "labels: {app: x}");
+    let waking = not_ready(pod("shop/b", "n1", &["10.1.0.6"], "labels: {app: x}"));
+    let leaving = pod("shop/c", "n1", &["10.1.0.7"], deleted);
+    let dead = not_ready(pod("shop/d", "n1", &["10.1.0.8"], deleted));
+    let elsewhere = pod("bank/e", "n1", &["10.1.0.10"], "labels: {app: x}");
+    let run = |pods: &[&String], more: &str| {
+        let pods: String = pods.iter().map(|text| text.as_str()).collect();
+        let spec =
+            format!("{more} clusterIP: 10.96.0.1, selector: {{app: x}}, ports: [{{port: 80}}]");
+        lead(
+            &mesh(&(base() + &service("x", &spec) + &pods)),
+            "10.96.0.1:80",
+        )
+    };
+    let all = [&ready, &waking, &leaving, &dead, &elsewhere];
+    assert_eq!(run(&all, ""), "x:80 [local a 10.1.0.5:80]");
+    assert_eq!(run(&all[1..], ""), "x:80 [local c 10.1.0.7:80]");
+    assert_eq!(
+        run(&[&waking, &dead, &elsewhere], ""),
+        "refused no_endpoints"
+    );
+    assert_eq!(
+        run(&[&waking, &dead], "publishNotReadyAddresses: true,"),
+        "x:80 [local b 10.1.0.6:80, local d 10.1.0.8:80]"
+    );
+    let none = service("x", "clusterIP: 10.96.0.1, ports: [{port: 80}]");
+    assert_eq!(
+        lead(&mesh(&(base() + &none)), "10.96.0.1:80"),
+        "refused no_endpoints"
+    );
+}
+
+#[test]
+fn who_an_endpoint_is_comes_from_the_uid_and_the_pod_must_hold_the_address() {
+    let target = |uid: &str| format!("targetRef: {{kind: Pod, name: x, uid: {uid}}}");
+    let host = "---\n{apiVersion: v1, kind: Pod, metadata: {name: hn, namespace: shop, uid: uid-hn}, \
+                spec: {nodeName: n2, hostNetwork: true, containers: []}, status: {podIP: 192.168.0.2}}\n";
+    let twice = pod("shop/twin", "n1", &["10.1.0.1"], "");
+    let rows = [
+        (
+            "10.2.0.1",
+            target("uid-api"),
+            "",
+            "x:80 [tunnel(n2,2) api 10.2.0.1:80]",
+        ),
+        (
+            "10.1.0.9",
+            target("uid-till"),
+            "",
+            "x:80 [plain till 10.1.0.9:80]",
+        ),
+        (
+            "192.168.0.2",
+            target("uid-hn"),
+            host,
+            "x:80 [plain hn 192.168.0.2:80]",
+        ),
+        // Somebody else's address, an unknown pod, an address of two pods.
+        ("10.1.0.9", target("uid-api"), "", "refused no_endpoints"),
+        ("203.0.113.1", target("uid-api"), "", "refused no_endpoints"),
+        ("10.2.0.1", target("uid-hn"), host, "refused no_endpoints"),
+        ("10.2.0.1", target("gone"), "", "refused no_endpoints"),
+        (
+            "10.1.0.1",
+            target("uid-web"),
+            &twice,
+            "refused no_endpoints",
+        ),
+        ("10.1.0.1", String::new(), &twice, "refused no_endpoints"),
+        // Without reference the address speaks, and a meshed pod is not called plain.
+        (
+            "10.2.0.1",
+            String::new(),
+            "",
+            "x:80 [tunnel(n2,2) api 10.2.0.1:80]",
+        ),
+        (
+            "203.0.113.1",
+            String::new(),
+            "",
+            "x:80 [plain ? 203.0.113.1:80]",
+        ),
+        (
+            "10.2.0.1",
+            "targetRef: {kind: Node, uid: n}".into(),
+            "",
+            "x:80 [tunnel(n2,2) api 10.2.0.1:80]",
+        ),
+    ];
+    for (ip, reference, more, wanted) in rows {
+        let body =
+            format!("ports: [{{port: 80}}], endpoints: [{{addresses: [{ip}], {reference}}}]");
+        let text = base()
+            + &service("x", "clusterIP: 10.96.0.1, ports: [{port: 80}]")
+            + &slice("x-1", "x", &body)
+            + more;
+        let mesh = mesh(&text);
+        let source = mesh.workloads.get("uid-web").unwrap();
+        assert_eq!(
+            lead_from(&mesh, source, "10.96.0.1:80"),
+            wanted,
+            "{ip} {reference}"
+        );
+        let told = problems(&mesh)
+            .iter()
+            .any(|p| p.starts_with("EndpointSlice shop/x-1: endpoint"));
+        assert_eq!(told, wanted.starts_with("refused"), "{ip} {reference}");
+    }
+}
+
+#[test]
+fn ports_of_a_slice_are_found_by_name_and_endpoints_counted_once() {
+    let text = base()
+        + &service(
+            "x",
+            "clusterIP: 10.96.0.1, selector: {app: back}, ports: [{name: a, port: 80, \
+           targetPort: 8000}, {name: b, port: 81, targetPort: named}, {name: c, port: 82, targetPort: 9000}]",
+        )
+        + &slice(
+            "x-1",
+            "x",
+            "ports: [{name: a, port: 1000}, {name: b}, {name: c}, {name: a, port: \
+           1, protocol: UDP}], endpoints: [{addresses: [10.9.0.1], conditions: {ready: false}}]",
+        )
+        + &slice(
+            "x-2",
+            "x",
+            "ports: [{name: a, port: 1000}, {name: b}, {name: c}], endpoints: \
+           [{addresses: [10.9.0.1]}]",
+        )
+        + &slice(
+            "x-3",
+            "x",
+            "ports: [{name: a, port: 1000}], endpoints: [{addresses: [10.9.0.1], \
+           conditions: {ready: false}}]",
+        )
+        + &slice(
+            "y-1",
+            "y",
+            "ports: [{name: a, port: 1000}], endpoints: [{addresses: [10.9.0.2]}]",
+        );
+    let mesh = mesh(&text);
+    assert_eq!(lead(&mesh, "10.96.0.1:80"), "x:80 [plain ? 10.9.0.1:1000]");
+    assert_eq!(lead(&mesh, "10.96.0.1:81"), "x:81 [plain ? 10.9.0.1:81]");
+    assert_eq!(lead(&mesh, "10.96.0.1:82"), "x:82 [plain ? 10.9.0.1:9000]");
+}
+
+#[test]
+fn traffic_policies_keep_calls_on_the_node_they_are_meant_for() {
+    let back = |name: &str, node: &str, ip: &str| pod(name, node, &[ip], "labels: {app: x}");
+    let spec = "clusterIP: 10.96.0.1, externalIPs: [192.0.2.1], selector: {app: x}, ports: \
+                [{port: 80, nodePort: 30080}]";
+    let both = back("shop/a", "n1", "10.1.0.5") + &back("shop/b", "n2", "10.2.0.5");
+    let remote = back("shop/b", "n2", "10.2.0.5");
+    let (a, b) = ("local a 10.1.0.5:80", "tunnel(n2,2) b 10.2.0.5:80");
+    let all = format!("x:80 [{a}, {b}]");
+    let (only_a, only_b) = (format!("x:80 [{a}]"), format!("x:80 [{b}]"));
+    let none = "refused no_endpoints".to_owned();
+    let internal = "internalTrafficPolicy: Local,";
+    let external = "externalTrafficPolicy: Local,";
+    // Cluster address, own node port, the other's node port, externalIP.
+    let rows = [
+        ("", &both, [&all, &all, &all, &all]),
+        (internal, &both, [&only_a, &all, &all, &all]),
+        (internal, &remote, [&none, &only_b, &only_b, &only_b]),
+        (external, &both, [&all, &all, &only_b, &all]),
+        (external, &remote, [&only_b, &only_b, &only_b, &only_b]),
+    ];
+    for (policy, pods, wanted) in rows {
+        let mesh = mesh(&(base() + &service("x", &format!("{policy} {spec}")) + pods));
+        let dialled = [
+            "10.96.0.1:80",
+            "192.168.0.1:30080",
+            "192.168.0.2:30080",
+            "192.0.2.1:80",
+        ];
+        for (destination, wanted) in dialled.iter().zip(wanted) {
+            assert_eq!(lead(&mesh, destination), *wanted, "{policy} {destination}");
+        }
+    }
+    // The node of an endpoint without pod is what the slice says.
+    let text = base()
+        + &service(
+            "x",
+            "internalTrafficPolicy: Local, clusterIP: 10.96.0.1, ports: [{port: 80}]",
+        )
+        + &slice(
+            "x-1",
+            "x",
+            "ports: [{port: 80}], endpoints: [{addresses: [10.9.0.1], nodeName: \
+           n1}, {addresses: [10.9.0.2], nodeName: n2}, {addresses: [10.9.0.3]}]",
+        );
+    assert_eq!(
+        lead(&mesh(&text), "10.96.0.1:80"),
+        "x:80 [plain ? 10.9.0.1:80]"
+    );
+}
+
+#[test]
+fn a_pod_that_calls_its_own_service_may_get_itself() {
+    let text = base()
+        + &service(
+            "x",
+            "clusterIP: 10.96.0.1, selector: {app: front}, ports: [{port: 80, targetPort: http}]",
+        );
+    assert_eq!(
+        lead(&mesh(&text), "10.96.0.1:80"),
+        "x:80 [local web 10.1.0.1:8080]"
+    );
+}
+
+#[test]
+fn headless_and_external_name_services_have_no_frontend() {
+    let text = base()
+        + &service(
+            "x",
+            "clusterIP: None, selector: {app: back}, ports: [{port: 80}]",
+        )
+        + &service(
+            "y",
+            "type: ExternalName, externalName: example.com, ports: [{port: 80}]",
+        );
+    assert!(mesh(&text).frontends.is_empty());
+}
+
+#[test]
+fn a_host_port_leads_to_its_pod_unless_a_service_has_the_place() {
+    let with = |name: &str, port: &str, more: &str| {
+        pod(name, "n2", &["10.2.0.8"], more).replace(
+            "containerPort: 8080",
+            &format!("containerPort: 8080, {port}"),
+        )
+    };
+    let web = with("shop/hp", "hostPort: 8443", "");
+    let mesh_of = |pods: &str| mesh(&(base() + pods));
+    assert_eq!(
+        lead(&mesh_of(&web), "192.168.0.2:8443"),
+        "tunnel(n2,2) hp 10.2.0.8:8080"
+    );
+    assert_eq!(
+        lead(&mesh_of(&web), "192.168.0.1:8443"),
+        "pass 192.168.0.1:8443"
+    );
+    // The pod has no IPv6 address to give.
+    assert_eq!(
+        lead(&mesh_of(&web), "[fd00:1::2]:8443"),
+        "pass [fd00:1::2]:8443"
+    );
+    for (port, leads) in [
+        ("hostPort: 8443, hostIP: 192.168.0.2", true),
+        ("hostPort: 8443, hostIP: 0.0.0.0", true),
+        ("hostPort: 8443, hostIP: 192.168.7.7", false),
+        ("hostPort: 8443, protocol: UDP", false),
+    ] {
+        let got = lead(&mesh_of(&with("shop/hp", port, "")), "192.168.0.2:8443");
+        assert_eq!(got.starts_with("tunnel"), leads, "{port}: {got}");
+    }
+    let deleted = "deletionTimestamp: \"2026-01-01T00:00:00Z\"";
+    let older = with("shop/aa", "hostPort: 8443", deleted).replace("10.2.0.8", "10.2.0.3");
+    let got = lead(&mesh_of(&(older + &web)), "192.168.0.2:8443");
+    assert_eq!(got, "tunnel(n2,2) hp 10.2.0.8:8080", "who leaves yields");
+
+    let balancer = "---\n{apiVersion: v1, kind: Service, metadata: {name: lb, namespace: shop}, \
+                    spec: {clusterIP: 10.96.0.1, selector: {app: back}, ports: [{port: 8443}]}, \
+                    status: {loadBalancer: {ingress: [{ip: 192.168.0.2}]}}}\n";
+    let mesh = mesh_of(&(web + balancer));
+    assert_eq!(
+        lead(&mesh, "192.168.0.2:8443"),
+        "lb:8443 [tunnel(n2,2) api 10.2.0.1:8443]"
+    );
+    assert_eq!(problems(&mesh), [""; 0]);
+}
+
+#[test]
+fn two_claims_to_one_place_are_settled_the_same_way_everywhere_and_reported() {
+    let ports = "selector: {app: back}, ports: [{port: 80, nodePort: 30080}]";
+    let mesh = mesh(
+        &(base()
+            + &service(
+                "a",
+                &format!("externalIPs: [10.96.0.2], clusterIP: 10.96.0.1, {ports}"),
+            )
+            + &service(
+                "b",
+                &format!("externalIPs: [10.1.0.9, 192.0.2.1], clusterIP: 10.96.0.2, {ports}"),
+            )
+            + &service(
+                "c",
+                &format!("externalIPs: [192.0.2.1], clusterIP: 10.96.0.3, {ports}"),
+            )),
+    );
+    let first = |destination: &str| {
+        lead(&mesh, destination)
+            .split(' ')
+            .next()
+            .unwrap()
+            .to_owned()
+    };
+    assert_eq!(
+        first("10.96.0.2:80"),
+        "b:80",
+        "a cluster address is stronger"
+    );
+    assert_eq!(first("192.0.2.1:80"), "b:80");
+    assert_eq!(first("192.168.0.1:30080"), "a:80");
+    assert_eq!(
+        lead(&mesh, "10.1.0.9:80"),
+        "plain till 10.1.0.9:80",
+        "a pod's address is its own"
+    );
+    let told = problems(&mesh);
+    for wanted in [
+        "Service shop/a: external address 10.96.0.2:80 is not served: Service shop/b has it",
+        "Service shop/b: external address 10.1.0.9 is not served: it is a pod's address",
+        "Service shop/b: node port 192.168.0.1:30080 is not served: Service shop/a has it",
+        "Service shop/c: external address 192.0.2.1:80 is not served: Service shop/b has it",
+    ] {
+        assert!(
+            told.iter().any(|problem| problem.starts_with(wanted)),
+            "{wanted}: {told:#?}"
+        );
+    }
+}
+
+#[test]
+fn a_thousand_pods_behind_two_hundred_services_all_resolve() {
+    let mut text = node("n1", &["192.168.0.1"])
+        + &node("n2", &["192.168.0.2"])
+        + &meshed_namespace("shop", "");
+    for n in 0..1000_u32 {
+        let more = format!("labels: {{app: app{}}}", n % 200);
+        let ip = format!("10.1.{}.{}", n / 250, n % 250 + 1);
+        text += &pod(
+            &format!("shop/p{n}"),
+            if n % 2 == 0 { "n1" } else { "n2" },
+            &[&ip],
+            &more,
+        );
+    }
+    for n in 0..200_u32 {
+        text += &service(
+            &format!("s{n}"),
+            &format!(
+                "clusterIP: 10.96.0.{}, selector: {{app: app{n}}}, ports: [{{port: 80}}]",
+                n + 1
+            ),
+        );
+    }
+    let mesh = mesh(&text);
+    assert_eq!(
+        (mesh.workloads.len(), mesh.by_ip.len(), mesh.frontends.len()),
+        (1000, 1000, 200)
+    );
+    for n in 0..200 {
+        let led = lead_from(
+            &mesh,
+            &mesh.workloads["uid-p0"],
+            &format!("10.96.0.{}:80", n + 1),
+        );
+        assert_eq!(led.matches("10.1.").count(), 5, "{led}");
+    }
+    assert_eq!(problems(&mesh), [""; 0]);
+}

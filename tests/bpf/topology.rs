@@ -1,0 +1,579 @@
+//! One enrolled pod, its node and a client, as network namespaces without names.
+//!
+//! ```text
+//!   client 10.78.1.2 ── 10.78.1.1 node 10.78.2.1 ── 10.78.2.2 eth0 pod
+//!          fd78:1::2     fd78:1::1      fd78:2::1     fd78:2::2
+//! ```
+//!
+//! The node routes. A namespace belongs to the threads that entered it and to open descriptors, so
+//! all of this is gone with the process, and so are the pins: they lie on a bpffs of this
+//! process's own mount namespace.
+
+use std::{
+    fs::{self, File},
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
+    os::fd::{AsFd, AsRawFd},
+    path::PathBuf,
+    process::Command,
+    sync::{
+        OnceLock,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, setns, unshare},
+    unistd::Uid,
+};
+use picomesh::datapath::loader::{
+    Interface, L2_ETHERNET, Loader, LoaderError, LoaderSettings, PodPrograms, SocketMarker,
+};
+use picomesh_common::{
+    Counter, PodConfig,
+    config::{
+        INBOUND, MESH0_IFINDEX, MESH0_MAC, MESH0_NAME, MESH1_IFINDEX, MESH1_MAC, MESH1_NAME,
+        OUTBOUND, ROUTE_TABLE, RULE_PRIORITY, V4, V6, rule,
+    },
+};
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+
+pub const OUR_MARK: u32 = 0x7a_31c5;
+pub const CAPTURE_MARK: u32 = 0x3b_9001;
+pub const SLOT: u32 = 3;
+
+pub const CLIENT_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 78, 1, 2));
+pub const NODE_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 78, 2, 1));
+pub const POD_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 78, 2, 2));
+pub const CLIENT_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd78, 1, 0, 0, 0, 0, 0, 2));
+pub const NODE_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd78, 2, 0, 0, 0, 0, 0, 1));
+pub const POD_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd78, 2, 0, 0, 0, 0, 0, 2));
+
+pub const POD_MAC: [u8; 6] = [2, 0, 0, 0, 2, 2];
+pub const NODE_MAC: [u8; 6] = [2, 0, 0, 0, 2, 1];
+
+/// Addresses of one family.
+#[derive(Clone, Copy, Debug)]
+pub struct Family {
+    pub client: IpAddr,
+    pub node: IpAddr,
+    pub pod: IpAddr,
+    pub index: u32,
+}
+
+pub const FAMILIES: [Family; 2] = [
+    Family {
+        client: CLIENT_V4,
+        node: NODE_V4,
+        pod: POD_V4,
+        index: V4,
+    },
+    Family {
+        client: CLIENT_V6,
+        node: NODE_V6,
+        pod: POD_V6,
+        index: V6,
+    },
+];
+
+/// Long enough for anything that arrives, short enough for what must not.
+pub const SOON: Duration = Duration::from_millis(2000);
+pub const QUIET: Duration = Duration::from_millis(400);
+
+/// How a test attaches.
+pub struct Setup {
+    pub force_clsact: bool,
+}
+
+static BPFFS: OnceLock<PathBuf> = OnceLock::new();
+
+/// Once, before there are threads. An error is the reason why nothing can run.
+pub fn prepare() -> Result<()> {
+    ensure!(
+        Uid::effective().is_root(),
+        "needs root: it makes network namespaces"
+    );
+    unshare(CloneFlags::CLONE_NEWNS).context("unshare(CLONE_NEWNS)")?;
+    let none = None::<&str>;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
+        .context("making mounts private")?;
+    let dir = PathBuf::from("/sys/fs/bpf");
+    mount(Some("bpf"), &dir, Some("bpf"), MsFlags::empty(), none)
+        .context("mounting a bpffs: the kernel needs CONFIG_BPF_SYSCALL")?;
+    let settings = settings(dir.join("probe"), false, rule::ALL);
+    match Loader::new(settings).and_then(Loader::remove_everything) {
+        Ok(()) => {}
+        Err(error @ LoaderError::NoObject) => bail!(error),
+        // Not a reason to skip: the tests are there to show it.
+        Err(_error) => {}
+    }
+    BPFFS.set(dir).ok();
+    Ok(())
+}
+
+fn settings(bpf_dir: PathBuf, force_clsact: bool, rules: u32) -> LoaderSettings {
+    LoaderSettings {
+        bpf_dir,
+        our_mark: OUR_MARK,
+        capture_mark: CAPTURE_MARK,
+        node_netns_cookie: 0,
+        rules,
+        force_clsact,
+    }
+}
+
+/// All rules but those that the environment names.
+pub fn rules() -> Result<u32> {
+    let mut rules = rule::ALL;
+    let off = std::env::var("PICOMESH_TEST_RULES_OFF").unwrap_or_default();
+    for name in off.split(',').filter(|name| !name.is_empty()) {
+        let Some((bit, ..)) = rule::NAMES.iter().find(|(_, known, _)| *known == name) else {
+            bail!("PICOMESH_TEST_RULES_OFF={off}: no rule is called {name:?}");
+        };
+        rules &= !bit;
+    }
+    Ok(rules)
+}
+
+/// A network namespace that lives as long as this.
+pub struct Netns(File);
+
+impl Netns {
+    fn new() -> Result<Self> {
+        std::thread::spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNET).context("unshare(CLONE_NEWNET)")?;
+            let file = File::open("/proc/thread-self/ns/net")?;
+            // Nobody else is on these links, so nobody's address can be a duplicate.
+            for scope in ["all", "default"] {
+                fs::write(format!("/proc/sys/net/ipv6/conf/{scope}/accept_dad"), "0")?;
+            }
+            run("ip link set lo up")?;
+            Ok(Self(file))
+        })
+        .join()
+        .map_err(|_panic| anyhow::anyhow!("the thread that makes a netns panicked"))?
+    }
+
+    /// Runs `act` on a thread inside; its sockets stay there.
+    pub fn enter<T: Send>(&self, act: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        std::thread::scope(|scope| {
+            scope
+                .spawn(|| {
+                    setns(self.0.as_fd(), CloneFlags::CLONE_NEWNET).context("setns")?;
+                    act()
+                })
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    pub fn run(&self, commands: &str) -> Result<()> {
+        self.enter(|| {
+            commands
+                .lines()
+                .map(str::trim)
+                .filter(|line| !line.is_empty())
+                .try_for_each(run)
+        })
+    }
+
+    pub fn fd(&self) -> &File {
+        &self.0
+    }
+}
+
+fn run(command: &str) -> Result<()> {
+    let mut words = command.split_whitespace();
+    let program = words.next().context("an empty command")?;
+    let output = Command::new(program)
+        .args(words)
+        .output()
+        .with_context(|| command.to_owned())?;
+    if !output.status.success() {
+        bail!(
+            "{command}: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+    }
+    Ok(())
+}
+
+/// The three namespaces, and the pod enrolled with the kernel half and nothing else.
+pub struct Topology {
+    pub client: Netns,
+    pub node: Netns,
+    pub pod: Netns,
+    pub loader: Loader,
+    pub marker: SocketMarker,
+    pub interfaces: Vec<Interface>,
+    pub bpf_dir: PathBuf,
+    pub setup_settings: LoaderSettings,
+}
+
+impl Topology {
+    /// An enrolled pod: configuration, devices and programs, but no listener yet.
+    pub fn new(setup: &Setup) -> Result<Self> {
+        let topology = Self::unattached(setup)?;
+        topology.loader.set_pod_config(SLOT, &active())?;
+        topology.attach()?;
+        Ok(topology)
+    }
+
+    /// The same with the four listeners.
+    pub fn with_listeners(setup: &Setup) -> Result<(Self, Listeners)> {
+        let topology = Self::new(setup)?;
+        let listeners = topology.listen_as_proxy()?;
+        Ok((topology, listeners))
+    }
+
+    /// Namespaces and maps, and no program anywhere.
+    pub fn unattached(setup: &Setup) -> Result<Self> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let bpffs = BPFFS.get().context("not prepared")?;
+        let bpf_dir = bpffs.join(NEXT.fetch_add(1, Ordering::Relaxed).to_string());
+
+        let (client, node, pod) = (Netns::new()?, Netns::new()?, Netns::new()?);
+        link(&node, "toclient", None, &client, None)?;
+        link(&node, "topod", Some(NODE_MAC), &pod, Some(POD_MAC))?;
+        node.run(
+            "ip addr add 10.78.1.1/24 dev toclient
+             ip addr add 10.78.2.1/24 dev topod
+             ip addr add fd78:1::1/64 dev toclient nodad
+             ip addr add fd78:2::1/64 dev topod nodad",
+        )?;
+        node.enter(|| {
+            fs::write("/proc/sys/net/ipv4/ip_forward", "1")?;
+            fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1")?;
+            Ok(())
+        })?;
+        for (netns, net) in [(&client, 1), (&pod, 2)] {
+            netns.run(&format!(
+                "ip addr add 10.78.{net}.2/24 dev eth0
+                 ip addr add fd78:{net}::2/64 dev eth0 nodad
+                 ip route add default via 10.78.{net}.1
+                 ip -6 route add default via fd78:{net}::1"
+            ))?;
+        }
+        add_mesh_devices(&pod)?;
+        // Neighbours find each other before a test counts or times anything.
+        for family in FAMILIES {
+            let closed = SocketAddr::new(family.client, 9);
+            let deadline = Instant::now() + 2 * SOON;
+            while attempt(&pod, closed, QUIET)? != Some(io::ErrorKind::ConnectionRefused) {
+                ensure!(
+                    Instant::now() < deadline,
+                    "the client is not reached at {closed}"
+                );
+            }
+        }
+
+        let cookie = node.enter(|| {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+            Ok(socket.cookie_of_netns()?)
+        })?;
+        let setup_settings = LoaderSettings {
+            node_netns_cookie: cookie,
+            ..settings(bpf_dir.clone(), setup.force_clsact, rules()?)
+        };
+        let loader = Loader::new(setup_settings.clone())?;
+        let marker = loader.marker()?;
+        let interfaces = pod.enter(|| {
+            let index = nix::net::if_::if_nametoindex("eth0")?;
+            Ok(vec![Interface {
+                name: "eth0".to_owned(),
+                index,
+                l2_len: L2_ETHERNET,
+            }])
+        })?;
+        Ok(Self {
+            client,
+            node,
+            pod,
+            loader,
+            marker,
+            interfaces,
+            bpf_dir,
+            setup_settings,
+        })
+    }
+
+    pub fn attach(&self) -> Result<PodPrograms> {
+        let mut programs = self.loader.load_pod(SLOT, &self.interfaces)?;
+        self.pod
+            .enter(|| Ok(self.loader.attach(&mut programs, self.pod.fd().as_fd())?))?;
+        Ok(programs)
+    }
+
+    /// Claims local addresses for probes and starts listening to the node's sockets.
+    pub fn watch_probes(&self) -> Result<()> {
+        for family in FAMILIES {
+            self.loader.insert_local(family.pod.into(), SLOT)?;
+        }
+        Ok(self.loader.attach_host_sockets()?)
+    }
+
+    /// The proxy's listeners, as the agent makes them: on loopback, found by sk_lookup alone.
+    pub fn listen_as_proxy(&self) -> Result<Listeners> {
+        let make = |direction, family| -> Result<TcpListener> {
+            let listener = self.pod.enter(|| {
+                let socket = self.proxy_socket(family)?;
+                let address: SocketAddr = if family == V4 {
+                    (Ipv4Addr::LOCALHOST, 0).into()
+                } else {
+                    (Ipv6Addr::LOCALHOST, 0).into()
+                };
+                socket.bind(&address.into())?;
+                socket.listen(64)?;
+                Ok(TcpListener::from(socket))
+            })?;
+            self.loader
+                .set_listener(SLOT, direction, family, &listener)?;
+            Ok(listener)
+        };
+        Ok(Listeners {
+            outbound: [make(OUTBOUND, V4)?, make(OUTBOUND, V6)?],
+            inbound: [make(INBOUND, V4)?, make(INBOUND, V6)?],
+        })
+    }
+
+    /// A socket of ours in the pod, as the agent makes them. Call inside the pod.
+    pub fn proxy_socket(&self, family: u32) -> Result<Socket> {
+        let domain = if family == V4 {
+            Domain::IPV4
+        } else {
+            Domain::IPV6
+        };
+        let socket = Socket::new(domain, Type::STREAM, Some(Protocol::TCP))?;
+        if family == V4 {
+            socket.set_ip_transparent_v4(true)?;
+        } else {
+            socket.set_ip_transparent_v6(true)?;
+            socket.set_only_v6(true)?;
+        }
+        socket.set_mark(OUR_MARK)?;
+        self.marker.claim(socket.as_fd())?;
+        Ok(socket)
+    }
+
+    /// From the proxy to the pod's own application, with a client's address.
+    pub fn connect_as_client(&self, client: SocketAddr, to: SocketAddr) -> Result<TcpStream> {
+        self.pod.enter(|| {
+            let socket = self.proxy_socket(if to.is_ipv4() { V4 } else { V6 })?;
+            socket.bind(&client.into())?;
+            socket.connect_timeout(&to.into(), SOON)?;
+            Ok(socket.into())
+        })
+    }
+
+    pub fn count(&self, counter: Counter) -> Result<u64> {
+        let counters = self.loader.counters(SLOT)?;
+        Ok(counters
+            .iter()
+            .find(|(known, _)| *known == counter)
+            .map_or(0, |(_, count)| *count))
+    }
+
+    /// Waits for a counter to pass what it was.
+    pub fn await_count(&self, counter: Counter, more_than: u64) -> Result<()> {
+        let deadline = Instant::now() + SOON;
+        while self.count(counter)? <= more_than {
+            ensure!(
+                Instant::now() < deadline,
+                "{} stays at {more_than}; counted: {:?}",
+                counter.name(),
+                self.nonzero()?
+            );
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
+    }
+
+    pub fn nonzero(&self) -> Result<Vec<(&'static str, u64)>> {
+        let counters = self.loader.counters(SLOT)?;
+        Ok(counters
+            .iter()
+            .filter(|(_, n)| *n > 0)
+            .map(|(c, n)| (c.name(), *n))
+            .collect())
+    }
+}
+
+impl Drop for Topology {
+    /// What the kernel half counted, for whoever looks for the cause of a failure.
+    fn drop(&mut self) {
+        if std::env::var_os("PICOMESH_TEST_VERBOSE").is_some() {
+            eprintln!("{}: {:?}", self.bpf_dir.display(), self.nonzero());
+            let dump = "ip -s link\nip rule\nip route show table all\nnstat -az\nss -tanie";
+            for command in dump.lines() {
+                let said = self.pod.enter(|| {
+                    let mut words = command.split(' ');
+                    Ok(Command::new(words.next().unwrap_or_default())
+                        .args(words)
+                        .output()?)
+                });
+                if let Ok(said) = said {
+                    eprintln!("{command}\n{}", String::from_utf8_lossy(&said.stdout));
+                }
+            }
+        }
+    }
+}
+
+/// By family: IPv4 first.
+pub struct Listeners {
+    pub outbound: [TcpListener; 2],
+    pub inbound: [TcpListener; 2],
+}
+
+/// A captured pod with no exceptions.
+pub fn active() -> PodConfig {
+    PodConfig {
+        flags: PodConfig::ACTIVE,
+        ..PodConfig::EMPTY
+    }
+}
+
+/// An application that listens in `netns`.
+pub fn serve(netns: &Netns, at: SocketAddr) -> Result<TcpListener> {
+    netns.enter(|| TcpListener::bind(at).with_context(|| format!("bind {at}")))
+}
+
+pub fn dial(netns: &Netns, to: SocketAddr) -> Result<TcpStream> {
+    netns.enter(|| Ok(TcpStream::connect_timeout(&to, SOON)?))
+}
+
+/// The same from a given address and port.
+pub fn dial_from(netns: &Netns, from: SocketAddr, to: SocketAddr) -> Result<TcpStream> {
+    netns.enter(|| {
+        let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(Protocol::TCP))?;
+        socket.set_reuse_address(true)?;
+        socket.bind(&from.into())?;
+        socket.connect_timeout(&to.into(), SOON)?;
+        Ok(socket.into())
+    })
+}
+
+/// How a connection attempt of `netns` ends: the kind of its error, or that it stood.
+pub fn attempt(netns: &Netns, to: SocketAddr, patience: Duration) -> Result<Option<io::ErrorKind>> {
+    netns.enter(|| match TcpStream::connect_timeout(&to, patience) {
+        Ok(_stream) => Ok(None),
+        Err(error) => Ok(Some(error.kind())),
+    })
+}
+
+/// The next connection of a listener, or an error after a while.
+pub fn accept(listener: &TcpListener) -> Result<(TcpStream, SocketAddr)> {
+    accept_within(listener, SOON)?.context("nobody connected")
+}
+
+pub fn accept_within(
+    listener: &TcpListener,
+    patience: Duration,
+) -> Result<Option<(TcpStream, SocketAddr)>> {
+    listener.set_nonblocking(true)?;
+    let deadline = Instant::now() + patience;
+    loop {
+        match listener.accept() {
+            Ok((stream, peer)) => {
+                stream.set_nonblocking(false)?;
+                stream.set_read_timeout(Some(SOON))?;
+                return Ok(Some((stream, peer)));
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                if Instant::now() >= deadline {
+                    return Ok(None);
+                }
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+fn link(
+    near: &Netns,
+    near_name: &str,
+    near_mac: Option<[u8; 6]>,
+    far: &Netns,
+    far_mac: Option<[u8; 6]>,
+) -> Result<()> {
+    let mac =
+        |mac: Option<[u8; 6]>| mac.map_or(String::new(), |mac| format!("address {}", text(mac)));
+    let there = format!("/proc/{}/fd/{}", std::process::id(), near.fd().as_raw_fd());
+    far.run(&format!(
+        "ip link add eth0 {} type veth peer name {near_name} {} netns {there}
+         ip link set eth0 up",
+        mac(far_mac),
+        mac(near_mac)
+    ))?;
+    near.run(&format!("ip link set {near_name} up"))
+}
+
+fn text(mac: [u8; 6]) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
+}
+
+/// What the agent's room of devices makes in every pod. The addresses are for the loose source
+/// check alone, which fails on a device without any.
+fn add_mesh_devices(pod: &Netns) -> Result<()> {
+    pod.run(&format!(
+        "ip link add {MESH0_NAME} index {MESH0_IFINDEX} address {} type veth peer name {MESH1_NAME} index {MESH1_IFINDEX} address {}
+         ip link set {MESH0_NAME} addrgenmode none
+         ip link set {MESH1_NAME} addrgenmode none
+         ip addr add 169.254.69.1/32 dev {MESH0_NAME} scope link
+         ip addr add 169.254.69.2/32 dev {MESH1_NAME} scope link
+         ip link set {MESH0_NAME} mtu 65535 up
+         ip link set {MESH1_NAME} mtu 65535 up
+         ip rule add pref {RULE_PRIORITY} fwmark {CAPTURE_MARK}/0xffffffff lookup {ROUTE_TABLE}
+         ip -6 rule add pref {RULE_PRIORITY} fwmark {CAPTURE_MARK}/0xffffffff lookup {ROUTE_TABLE}
+         ip route add local default dev lo table {ROUTE_TABLE}
+         ip -6 route add local default dev lo table {ROUTE_TABLE}",
+        text(MESH0_MAC),
+        text(MESH1_MAC),
+    ))?;
+    pod.enter(|| {
+        for device in [MESH0_NAME, MESH1_NAME] {
+            fs::write(format!("/proc/sys/net/ipv4/conf/{device}/rp_filter"), "2")?;
+        }
+        fs::write(
+            format!("/proc/sys/net/ipv4/conf/{MESH0_NAME}/accept_local"),
+            "1",
+        )?;
+        Ok(())
+    })
+}
+
+trait NetnsCookie {
+    fn cookie_of_netns(&self) -> io::Result<u64>;
+}
+
+impl NetnsCookie for Socket {
+    fn cookie_of_netns(&self) -> io::Result<u64> {
+        const SO_NETNS_COOKIE: i32 = 71;
+        let mut cookie = 0u64;
+        let mut length = size_of::<u64>() as nix::libc::socklen_t;
+        // SAFETY: the kernel writes eight bytes to `cookie`.
+        let result = unsafe {
+            nix::libc::getsockopt(
+                self.as_raw_fd(),
+                nix::libc::SOL_SOCKET,
+                SO_NETNS_COOKIE,
+                (&raw mut cookie).cast(),
+                &raw mut length,
+            )
+        };
+        if result == 0 {
+            Ok(cookie)
+        } else {
+            Err(io::Error::last_os_error())
+        }
+    }
+}
+
+/// For tests that bind to what the kernel chooses.
+pub fn any_port(ip: IpAddr) -> SockAddr {
+    SocketAddr::new(ip, 0).into()
+}
