@@ -3,9 +3,12 @@
 //! One file per subject. Adding a test is adding a function and its row in that file's table.
 //! Every test states a promise to a user, and every comparison has a control: the same steps with
 //! the mesh off. `cargo xtask test --tier mesh` builds the agent and says where it lies.
+mod failclosed;
 mod harness;
+mod identity_attacks;
 mod lifecycle;
 mod policy;
+mod scale;
 mod traffic;
 mod world;
 
@@ -18,6 +21,9 @@ fn main() -> ExitCode {
             traffic::TESTS,
             policy::TESTS,
             lifecycle::TESTS,
+            failclosed::TESTS,
+            identity_attacks::TESTS,
+            scale::TESTS,
         ]
         .concat(),
     )

@@ -97,7 +97,7 @@ pub(super) fn a_forged_mark_sends_nothing_plain() -> Result<()> {
 fn talk(
     pod: &Pod,
     to: SocketAddr,
-    prepare: impl Fn(&Socket) -> Result<()> + Send,
+    prepare: impl Fn(&Socket) -> Result<()> + Sync,
     mark_later: Option<u32>,
 ) -> Result<bool> {
     pod.run(|| {
