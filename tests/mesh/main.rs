@@ -3,14 +3,29 @@
 //! One file per subject. Adding a test is adding a function and its row in that file's table.
 //! Every test states a promise to a user, and every comparison has a control: the same steps with
 //! the mesh off. `cargo xtask test --tier mesh` builds the agent and says where it lies.
+mod failclosed;
 mod ground;
 mod harness;
+mod identity_attacks;
+mod lifecycle;
 mod policy;
+mod scale;
 mod traffic;
 mod world;
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    harness::run([world::TESTS, traffic::TESTS, policy::TESTS].concat())
+    harness::run(
+        [
+            world::TESTS,
+            traffic::TESTS,
+            policy::TESTS,
+            lifecycle::TESTS,
+            failclosed::TESTS,
+            identity_attacks::TESTS,
+            scale::TESTS,
+        ]
+        .concat(),
+    )
 }

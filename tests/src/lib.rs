@@ -10,6 +10,7 @@
 pub mod agent;
 pub mod capture;
 pub mod client;
+pub mod frames;
 pub mod manifest;
 pub mod metrics;
 pub mod netns;
