@@ -135,12 +135,12 @@ fn run_tier(tier: Tier, filter: Option<&str>) -> Count {
     total
 }
 
-/// The kernel half, and for whole agents the binary that ships, with the switches tests need.
+/// The kernel half, and for whole agents the binary that ships.
 fn prepare_kernel_tiers(tier: Tier) -> Result<()> {
     needs::ensure(&[Purpose::World])?;
     crate::ebpf::build()?;
     if tier == Tier::Mesh {
-        shell::run(&mut agent_build(true))?;
+        shell::run(&mut agent_build(false))?;
     }
     Ok(())
 }

@@ -38,7 +38,11 @@ pub(super) fn frames_of_any_shape_reach_no_strict_pod() -> Result<()> {
     let mut ground = Ground::new()?;
     let server = Server::start(ground.far.netns(), PORT, Habit::SpeaksFirst(GREETING))?;
     let victim = ground.far.clone();
-    let forger = Forger::new(ground.neighbour.netns(), "eth0", victim.netns().mac("eth0")?)?;
+    let forger = Forger::new(
+        ground.neighbour.netns(),
+        "eth0",
+        victim.netns().mac("eth0")?,
+    )?;
     let mac = forger.mac().map(|byte| format!("{byte:02x}")).join(":");
     for ghost in GHOSTS {
         victim
@@ -52,8 +56,9 @@ pub(super) fn frames_of_any_shape_reach_no_strict_pod() -> Result<()> {
     }
     ground.mesh()?;
     for (number, case) in cases().iter().enumerate() {
-        attack(&ground, &forger, &server, case, 21_000 + number as u16)
-            .with_context(|| format!("with the mesh: {:?} ({})", case.shape, GHOSTS[case.family]))?;
+        attack(&ground, &forger, &server, case, 21_000 + number as u16).with_context(|| {
+            format!("with the mesh: {:?} ({})", case.shape, GHOSTS[case.family])
+        })?;
     }
     Ok(())
 }
@@ -84,7 +89,10 @@ fn cases() -> Vec<Case> {
     let v6 = [
         (Shape::Plain, Refusal::Policy),
         (Shape::Extensions(vec![HOP_BY_HOP]), Refusal::Policy),
-        (Shape::Extensions(vec![DESTINATION_OPTIONS]), Refusal::Policy),
+        (
+            Shape::Extensions(vec![DESTINATION_OPTIONS]),
+            Refusal::Policy,
+        ),
         (
             Shape::Extensions(vec![HOP_BY_HOP, DESTINATION_OPTIONS, DESTINATION_OPTIONS]),
             Refusal::Policy,
@@ -108,13 +116,7 @@ fn cases() -> Vec<Case> {
 }
 
 /// The frame gets in: the application accepts, hears and speaks.
-fn control(
-    forger: &Forger,
-    victim: &Pod,
-    server: &Server,
-    case: &Case,
-    port: u16,
-) -> Result<()> {
+fn control(forger: &Forger, victim: &Pod, server: &Server, case: &Case, port: u16) -> Result<()> {
     let before = server.bytes();
     let heard = knock(forger, victim, case, port)?;
     ensure!(
