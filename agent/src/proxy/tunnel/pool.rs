@@ -444,7 +444,12 @@ impl Attempt {
                     });
                     return Ok((tunnel, connection));
                 }
-                Err(failure) => last = Some(failure),
+                // That nobody is at one address must not hide an impostor at another.
+                Err(failure) => {
+                    if !matches!(&last, Some(worse) if worse.reason == Reason::TunnelIdentity) {
+                        last = Some(failure);
+                    }
+                }
             }
         }
         Err(last.unwrap_or(Failure {
