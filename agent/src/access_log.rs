@@ -21,7 +21,7 @@ use std::{
 };
 
 use parking_lot::{Condvar, Mutex};
-use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+use time::OffsetDateTime;
 
 use crate::{
     metrics::Direction,
@@ -306,19 +306,22 @@ fn fields(record: &Record, mut field: impl FnMut(&'static str, Value)) {
     }
 }
 
+/// RFC 3339 with microseconds, always six of them.
 fn timestamp(at: SystemTime) -> String {
-    OffsetDateTime::from(at)
-        .replace_nanosecond(at.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| {
-            // Microseconds are enough, and make lines of one length.
-            d.subsec_micros() * 1_000
-        }))
-        .ok()
-        .and_then(|at| at.format(&Rfc3339).ok())
-        .unwrap_or_default()
+    let at = OffsetDateTime::from(at);
+    format!(
+        "{:04}-{:02}-{:02}T{:02}:{:02}:{:02}.{:06}Z",
+        at.year(),
+        u8::from(at.month()),
+        at.day(),
+        at.hour(),
+        at.minute(),
+        at.second(),
+        at.microsecond()
+    )
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
     use std::sync::mpsc;
 

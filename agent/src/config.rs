@@ -499,7 +499,6 @@ fn rules(environment: impl Fn(&str) -> Option<OsString>) -> Result<u32, BadValue
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
     use super::*;
 

@@ -95,7 +95,6 @@ pub fn parse(level: &str) -> Result<EnvFilter, LogError> {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
     use super::*;
 

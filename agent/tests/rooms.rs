@@ -24,7 +24,15 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     ("access_log", &["access_log", "metrics", "state"]),
     (
         "proxy",
-        &["proxy", "state", "identity", "datapath", "metrics", "access_log", "drain"],
+        &[
+            "proxy",
+            "state",
+            "identity",
+            "datapath",
+            "metrics",
+            "access_log",
+            "drain",
+        ],
     ),
 ];
 
@@ -42,8 +50,16 @@ const ONLY_IN: &[(&str, &[&str])] = &[
 
 /// What `state` must not have: no async, no IO, no clock. The store publishes, and may wake.
 const NOT_IN_STATE: &[&str] = &[
-    "async fn", ".await", "Instant::now", "SystemTime::now", "std::fs", "std::io", "std::thread",
-    "TcpStream", "TcpListener", "fastrand",
+    "async fn",
+    ".await",
+    "Instant::now",
+    "SystemTime::now",
+    "std::fs",
+    "std::io",
+    "std::thread",
+    "TcpStream",
+    "TcpListener",
+    "fastrand",
 ];
 
 #[test]
@@ -92,7 +108,10 @@ fn state_has_no_async_no_io_and_no_clock() {
             }
         }
         if text.contains("tokio::") && !path.ends_with("store.rs") {
-            wrong.push(format!("{}: `tokio::` (only store.rs may wake)", path.display()));
+            wrong.push(format!(
+                "{}: `tokio::` (only store.rs may wake)",
+                path.display()
+            ));
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
@@ -102,7 +121,10 @@ fn state_has_no_async_no_io_and_no_clock() {
 fn every_unsafe_block_is_outside_the_rooms_that_forbid_it() {
     for (path, text) in sources() {
         let room = room_of(&path);
-        if ["state", "k8s", "identity"].contains(&room.as_str()) && path.ends_with("mod.rs") && depth(&path) == 2 {
+        if ["state", "k8s", "identity"].contains(&room.as_str())
+            && path.ends_with("mod.rs")
+            && depth(&path) == 2
+        {
             assert!(
                 text.contains("#![forbid(unsafe_code)]"),
                 "{}: a room without need for unsafe forbids it",
@@ -133,7 +155,8 @@ fn sources() -> BTreeMap<PathBuf, String> {
 }
 
 fn is_test_file(path: &Path) -> bool {
-    path.iter().any(|part| part == "tests" || part == "tests.rs" || part == "testing")
+    path.iter()
+        .any(|part| part == "tests" || part == "tests.rs" || part == "testing")
 }
 
 fn code_of(text: &str) -> String {

@@ -14,7 +14,9 @@ const _: () = assert!(size_of::<Addr>() == 16);
 
 impl Addr {
     pub const fn v4(ip: [u8; 4]) -> Self {
-        Self([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, ip[0], ip[1], ip[2], ip[3]])
+        Self([
+            0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, ip[0], ip[1], ip[2], ip[3],
+        ])
     }
 
     pub const fn v6(ip: [u8; 16]) -> Self {

@@ -12,33 +12,32 @@ use nix::libc;
 
 use crate::topology::{NODE_MAC, Netns, POD_MAC};
 
-pub const FIN: u8 = 1;
-pub const SYN: u8 = 2;
-pub const RST: u8 = 4;
-pub const ACK: u8 = 16;
+pub(crate) const SYN: u8 = 2;
+pub(crate) const RST: u8 = 4;
+pub(crate) const ACK: u8 = 16;
 
 /// One TCP segment and everything around it that a test may want to be odd.
 #[derive(Clone)]
-pub struct Frame {
-    pub source: SocketAddr,
-    pub destination: SocketAddr,
-    pub flags: u8,
-    pub sequence: u32,
-    pub acknowledged: u32,
-    pub payload: Vec<u8>,
+pub(crate) struct Frame {
+    pub(crate) source: SocketAddr,
+    pub(crate) destination: SocketAddr,
+    pub(crate) flags: u8,
+    pub(crate) sequence: u32,
+    pub(crate) acknowledged: u32,
+    pub(crate) payload: Vec<u8>,
     /// VLAN-0 tags of type 0x8100 before the IP header.
-    pub tags: usize,
+    pub(crate) tags: usize,
     /// Bytes of IPv4 options (no-operations), or of IPv6 destination options.
-    pub options: usize,
+    pub(crate) options: usize,
     /// Number of extension headers those options are spread over (IPv6).
-    pub extensions: usize,
-    pub to_mac: [u8; 6],
-    pub from_mac: [u8; 6],
+    pub(crate) extensions: usize,
+    pub(crate) to_mac: [u8; 6],
+    pub(crate) from_mac: [u8; 6],
 }
 
 impl Frame {
     /// From the node's side of the pod's veth.
-    pub fn to_pod(source: SocketAddr, destination: SocketAddr, flags: u8) -> Self {
+    pub(crate) fn to_pod(source: SocketAddr, destination: SocketAddr, flags: u8) -> Self {
         Self {
             source,
             destination,
@@ -55,7 +54,7 @@ impl Frame {
     }
 
     /// As it is before the device has an address: for BPF_PROG_TEST_RUN, which runs on lo.
-    pub fn bare(source: SocketAddr, destination: SocketAddr, flags: u8) -> Self {
+    pub(crate) fn bare(source: SocketAddr, destination: SocketAddr, flags: u8) -> Self {
         Self {
             to_mac: [0; 6],
             from_mac: [0; 6],
@@ -63,29 +62,29 @@ impl Frame {
         }
     }
 
-    pub fn payload(mut self, payload: &[u8]) -> Self {
+    pub(crate) fn payload(mut self, payload: &[u8]) -> Self {
         self.payload = payload.to_vec();
         self
     }
 
-    pub fn tagged(mut self, tags: usize) -> Self {
+    pub(crate) fn tagged(mut self, tags: usize) -> Self {
         self.tags = tags;
         self
     }
 
-    pub fn options(mut self, bytes: usize) -> Self {
+    pub(crate) fn options(mut self, bytes: usize) -> Self {
         self.options = bytes;
         self.extensions = 1;
         self
     }
 
-    pub fn extensions(mut self, count: usize) -> Self {
+    pub(crate) fn extensions(mut self, count: usize) -> Self {
         self.options = 8 * count;
         self.extensions = count;
         self
     }
 
-    pub fn bytes(&self) -> Vec<u8> {
+    pub(crate) fn bytes(&self) -> Vec<u8> {
         let tcp = self.tcp();
         match (self.source.ip(), self.destination.ip()) {
             (IpAddr::V4(source), IpAddr::V4(destination)) => {
@@ -117,7 +116,7 @@ impl Frame {
     }
 
     /// Cut into two IP fragments, the first with `first` bytes (a multiple of eight) of TCP.
-    pub fn fragments(&self, first: usize) -> [Vec<u8>; 2] {
+    pub(crate) fn fragments(&self, first: usize) -> [Vec<u8>; 2] {
         let tcp = self.tcp();
         let (head, tail) = tcp.split_at(first);
         match (self.source.ip(), self.destination.ip()) {
@@ -232,10 +231,10 @@ fn checksum(bytes: &[u8]) -> u16 {
 }
 
 /// A packet socket on one interface.
-pub struct Wire(OwnedFd);
+pub(crate) struct Wire(OwnedFd);
 
 impl Wire {
-    pub fn open(netns: &Netns, interface: &str) -> Result<Self> {
+    pub(crate) fn open(netns: &Netns, interface: &str) -> Result<Self> {
         netns.enter(|| {
             const ETH_P_ALL: u16 = 3;
             // SAFETY: plain numbers in, a new descriptor out, checked below.
@@ -272,7 +271,7 @@ impl Wire {
         })
     }
 
-    pub fn send(&self, frame: &[u8]) -> Result<()> {
+    pub(crate) fn send(&self, frame: &[u8]) -> Result<()> {
         // SAFETY: the buffer is as long as told.
         let sent = unsafe { libc::send(self.0.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0) };
         if sent < 0 {
@@ -283,7 +282,11 @@ impl Wire {
     }
 
     /// The first frame within `patience` that `wanted` likes.
-    pub fn find(&self, patience: Duration, wanted: impl Fn(&[u8]) -> bool) -> Option<Vec<u8>> {
+    pub(crate) fn find(
+        &self,
+        patience: Duration,
+        wanted: impl Fn(&[u8]) -> bool,
+    ) -> Option<Vec<u8>> {
         let deadline = Instant::now() + patience;
         let mut buffer = vec![0u8; 65_536];
         loop {
@@ -306,7 +309,7 @@ impl Wire {
     }
 
     /// Does anything with these bytes in it come by?
-    pub fn carries(&self, patience: Duration, marker: &[u8]) -> bool {
+    pub(crate) fn carries(&self, patience: Duration, marker: &[u8]) -> bool {
         self.find(patience, |frame| {
             frame.windows(marker.len()).any(|part| part == marker)
         })
@@ -315,7 +318,7 @@ impl Wire {
 }
 
 /// Ports and flags of an untagged TCP frame without options.
-pub fn tcp_of(frame: &[u8]) -> Option<(u16, u16, u8)> {
+pub(crate) fn tcp_of(frame: &[u8]) -> Option<(u16, u16, u8)> {
     let at = match frame.get(12..14)? {
         [0x08, 0x00] if *frame.get(23)? == 6 => 14 + 20,
         [0x86, 0xdd] if *frame.get(20)? == 6 => 14 + 40,

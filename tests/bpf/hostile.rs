@@ -16,7 +16,7 @@ use crate::{
     topology::{FAMILIES, Listeners, QUIET, SOON, Setup, Topology, accept, accept_within, serve},
 };
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     (
         "one_vlan_tag_is_seen_through_and_more_are_dropped",
         vlan_tags,

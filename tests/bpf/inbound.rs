@@ -23,7 +23,7 @@ use crate::{
     },
 };
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     (
         "a_client_lands_on_the_listener_not_on_the_application",
         lands_on_the_listener,
@@ -213,6 +213,13 @@ fn time_wait(setup: &Setup) -> Result<()> {
             accept_within(&app, QUIET)?.is_none(),
             "a reused port reached the application"
         );
+        // Its answer would be stopped on the way out, but it must not even be asked.
+        let answered = topology.count(Counter::UnknownSender)?;
+        ensure!(
+            answered == 0,
+            "the application answered: {:?}",
+            topology.nonzero()?
+        );
     }
     Ok(())
 }
@@ -362,8 +369,8 @@ fn never_plain(setup: &Setup) -> Result<()> {
         let storage = topology.loader.storage(served.as_fd())?;
         ensure!(storage == Some(owner::TAKEN), "{storage:?}");
         let wire = Wire::open(&topology.node, "topod")?;
+        topology.stop_listening(listeners)?;
         vanish(ours)?;
-        drop(listeners);
         served.write_all(b"marker-of-the-answer")?;
         ensure!(
             !wire.carries(QUIET, b"marker-of-the-answer"),

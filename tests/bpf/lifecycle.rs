@@ -16,7 +16,7 @@ use crate::{
     topology::{FAMILIES, SLOT, SOON, Setup, Topology, accept, dial, serve},
 };
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     (
         "the_next_agent_of_the_same_build_finds_everything_in_place",
         adoption,

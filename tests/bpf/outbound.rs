@@ -22,7 +22,7 @@ use crate::{
     },
 };
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     (
         "a_connection_lands_on_the_listener_and_names_where_it_went",
         lands_on_the_listener,
@@ -237,8 +237,8 @@ fn never_plain(setup: &Setup) -> Result<()> {
         let wire = Wire::open(&topology.node, "topod")?;
         // The kill: nothing of the proxy is left, and its RST finds no way either.
         topology.pod.run("ip link set mesh0 down")?;
+        topology.stop_listening(listeners)?;
         vanish(taken)?;
-        drop(listeners);
         let before = topology.count(Counter::OrphanedTaken)?;
         app.write_all(b"marker-of-the-request")?;
         ensure!(
@@ -413,9 +413,9 @@ fn marked_dial(mark: u32, to: SocketAddr) -> Result<Socket> {
     Ok(socket)
 }
 
-/// Ends a socket without a word on the wire, as an orphan does that the kernel gave up: repair
-/// mode closes silently.
-pub fn vanish(stream: std::net::TcpStream) -> Result<()> {
+/// Ends a socket without a word on the wire, as an orphan ends that the kernel gave up: in repair
+/// mode a disconnect is silent.
+pub(crate) fn vanish(stream: std::net::TcpStream) -> Result<()> {
     const TCP_REPAIR: i32 = 19;
     let on = 1i32;
     // SAFETY: an int option of a TCP socket.

@@ -19,7 +19,7 @@ use crate::{
     },
 };
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     (
         "a_socket_of_the_host_reaches_the_application",
         reaches_the_application,
@@ -146,8 +146,8 @@ fn finished(setup: &Setup) -> Result<()> {
     let wire = Wire::open(&topology.node, "topod")?;
     for family in FAMILIES {
         let app = serve(&topology.pod, SocketAddr::new(family.pod, 80))?;
-        let from = SocketAddr::new(family.node, 44_000);
-        for close_first in [false, true] {
+        for (port, close_first) in [(44_000, false), (44_001, true)] {
+            let from = SocketAddr::new(family.node, port);
             let probe = dial_from(&topology.node, from, app.local_addr()?)?;
             let (served, _peer) = accept(&app)?;
             SockRef::from(&probe).set_linger(Some(Duration::ZERO))?;

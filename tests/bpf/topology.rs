@@ -39,32 +39,32 @@ use picomesh_common::{
         OUTBOUND, ROUTE_TABLE, RULE_PRIORITY, V4, V6, rule,
     },
 };
-use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+use socket2::{Domain, Protocol, Socket, Type};
 
-pub const OUR_MARK: u32 = 0x7a_31c5;
-pub const CAPTURE_MARK: u32 = 0x3b_9001;
-pub const SLOT: u32 = 3;
+pub(crate) const OUR_MARK: u32 = 0x7a_31c5;
+pub(crate) const CAPTURE_MARK: u32 = 0x3b_9001;
+pub(crate) const SLOT: u32 = 3;
 
-pub const CLIENT_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 78, 1, 2));
-pub const NODE_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 78, 2, 1));
-pub const POD_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 78, 2, 2));
-pub const CLIENT_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd78, 1, 0, 0, 0, 0, 0, 2));
-pub const NODE_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd78, 2, 0, 0, 0, 0, 0, 1));
-pub const POD_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd78, 2, 0, 0, 0, 0, 0, 2));
+pub(crate) const CLIENT_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 78, 1, 2));
+pub(crate) const NODE_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 78, 2, 1));
+pub(crate) const POD_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 78, 2, 2));
+pub(crate) const CLIENT_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd78, 1, 0, 0, 0, 0, 0, 2));
+pub(crate) const NODE_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd78, 2, 0, 0, 0, 0, 0, 1));
+pub(crate) const POD_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd78, 2, 0, 0, 0, 0, 0, 2));
 
-pub const POD_MAC: [u8; 6] = [2, 0, 0, 0, 2, 2];
-pub const NODE_MAC: [u8; 6] = [2, 0, 0, 0, 2, 1];
+pub(crate) const POD_MAC: [u8; 6] = [2, 0, 0, 0, 2, 2];
+pub(crate) const NODE_MAC: [u8; 6] = [2, 0, 0, 0, 2, 1];
 
 /// Addresses of one family.
 #[derive(Clone, Copy, Debug)]
-pub struct Family {
-    pub client: IpAddr,
-    pub node: IpAddr,
-    pub pod: IpAddr,
-    pub index: u32,
+pub(crate) struct Family {
+    pub(crate) client: IpAddr,
+    pub(crate) node: IpAddr,
+    pub(crate) pod: IpAddr,
+    pub(crate) index: u32,
 }
 
-pub const FAMILIES: [Family; 2] = [
+pub(crate) const FAMILIES: [Family; 2] = [
     Family {
         client: CLIENT_V4,
         node: NODE_V4,
@@ -80,18 +80,18 @@ pub const FAMILIES: [Family; 2] = [
 ];
 
 /// Long enough for anything that arrives, short enough for what must not.
-pub const SOON: Duration = Duration::from_millis(2000);
-pub const QUIET: Duration = Duration::from_millis(400);
+pub(crate) const SOON: Duration = Duration::from_millis(2000);
+pub(crate) const QUIET: Duration = Duration::from_millis(400);
 
 /// How a test attaches.
-pub struct Setup {
-    pub force_clsact: bool,
+pub(crate) struct Setup {
+    pub(crate) force_clsact: bool,
 }
 
 static BPFFS: OnceLock<PathBuf> = OnceLock::new();
 
 /// Once, before there are threads. An error is the reason why nothing can run.
-pub fn prepare() -> Result<()> {
+pub(crate) fn prepare() -> Result<()> {
     ensure!(
         Uid::effective().is_root(),
         "needs root: it makes network namespaces"
@@ -126,7 +126,7 @@ fn settings(bpf_dir: PathBuf, force_clsact: bool, rules: u32) -> LoaderSettings 
 }
 
 /// All rules but those that the environment names.
-pub fn rules() -> Result<u32> {
+pub(crate) fn rules() -> Result<u32> {
     let mut rules = rule::ALL;
     let off = std::env::var("PICOMESH_TEST_RULES_OFF").unwrap_or_default();
     for name in off.split(',').filter(|name| !name.is_empty()) {
@@ -139,7 +139,7 @@ pub fn rules() -> Result<u32> {
 }
 
 /// A network namespace that lives as long as this.
-pub struct Netns(File);
+pub(crate) struct Netns(File);
 
 impl Netns {
     fn new() -> Result<Self> {
@@ -158,7 +158,7 @@ impl Netns {
     }
 
     /// Runs `act` on a thread inside; its sockets stay there.
-    pub fn enter<T: Send>(&self, act: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    pub(crate) fn enter<T: Send>(&self, act: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         std::thread::scope(|scope| {
             scope
                 .spawn(|| {
@@ -170,7 +170,7 @@ impl Netns {
         })
     }
 
-    pub fn run(&self, commands: &str) -> Result<()> {
+    pub(crate) fn run(&self, commands: &str) -> Result<()> {
         self.enter(|| {
             commands
                 .lines()
@@ -180,7 +180,7 @@ impl Netns {
         })
     }
 
-    pub fn fd(&self) -> &File {
+    pub(crate) fn fd(&self) -> &File {
         &self.0
     }
 }
@@ -202,20 +202,20 @@ fn run(command: &str) -> Result<()> {
 }
 
 /// The three namespaces, and the pod enrolled with the kernel half and nothing else.
-pub struct Topology {
-    pub client: Netns,
-    pub node: Netns,
-    pub pod: Netns,
-    pub loader: Loader,
-    pub marker: SocketMarker,
-    pub interfaces: Vec<Interface>,
-    pub bpf_dir: PathBuf,
-    pub setup_settings: LoaderSettings,
+pub(crate) struct Topology {
+    pub(crate) client: Netns,
+    pub(crate) node: Netns,
+    pub(crate) pod: Netns,
+    pub(crate) loader: Loader,
+    pub(crate) marker: SocketMarker,
+    pub(crate) interfaces: Vec<Interface>,
+    pub(crate) bpf_dir: PathBuf,
+    pub(crate) setup_settings: LoaderSettings,
 }
 
 impl Topology {
     /// An enrolled pod: configuration, devices and programs, but no listener yet.
-    pub fn new(setup: &Setup) -> Result<Self> {
+    pub(crate) fn new(setup: &Setup) -> Result<Self> {
         let topology = Self::unattached(setup)?;
         topology.loader.set_pod_config(SLOT, &active())?;
         topology.attach()?;
@@ -223,14 +223,14 @@ impl Topology {
     }
 
     /// The same with the four listeners.
-    pub fn with_listeners(setup: &Setup) -> Result<(Self, Listeners)> {
+    pub(crate) fn with_listeners(setup: &Setup) -> Result<(Self, Listeners)> {
         let topology = Self::new(setup)?;
         let listeners = topology.listen_as_proxy()?;
         Ok((topology, listeners))
     }
 
     /// Namespaces and maps, and no program anywhere.
-    pub fn unattached(setup: &Setup) -> Result<Self> {
+    pub(crate) fn unattached(setup: &Setup) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let bpffs = BPFFS.get().context("not prepared")?;
         let bpf_dir = bpffs.join(NEXT.fetch_add(1, Ordering::Relaxed).to_string());
@@ -300,7 +300,7 @@ impl Topology {
         })
     }
 
-    pub fn attach(&self) -> Result<PodPrograms> {
+    pub(crate) fn attach(&self) -> Result<PodPrograms> {
         let mut programs = self.loader.load_pod(SLOT, &self.interfaces)?;
         self.pod
             .enter(|| Ok(self.loader.attach(&mut programs, self.pod.fd().as_fd())?))?;
@@ -308,7 +308,7 @@ impl Topology {
     }
 
     /// Claims local addresses for probes and starts listening to the node's sockets.
-    pub fn watch_probes(&self) -> Result<()> {
+    pub(crate) fn watch_probes(&self) -> Result<()> {
         for family in FAMILIES {
             self.loader.insert_local(family.pod.into(), SLOT)?;
         }
@@ -316,7 +316,7 @@ impl Topology {
     }
 
     /// The proxy's listeners, as the agent makes them: on loopback, found by sk_lookup alone.
-    pub fn listen_as_proxy(&self) -> Result<Listeners> {
+    pub(crate) fn listen_as_proxy(&self) -> Result<Listeners> {
         let make = |direction, family| -> Result<TcpListener> {
             let listener = self.pod.enter(|| {
                 let socket = self.proxy_socket(family)?;
@@ -340,7 +340,7 @@ impl Topology {
     }
 
     /// A socket of ours in the pod, as the agent makes them. Call inside the pod.
-    pub fn proxy_socket(&self, family: u32) -> Result<Socket> {
+    pub(crate) fn proxy_socket(&self, family: u32) -> Result<Socket> {
         let domain = if family == V4 {
             Domain::IPV4
         } else {
@@ -359,7 +359,11 @@ impl Topology {
     }
 
     /// From the proxy to the pod's own application, with a client's address.
-    pub fn connect_as_client(&self, client: SocketAddr, to: SocketAddr) -> Result<TcpStream> {
+    pub(crate) fn connect_as_client(
+        &self,
+        client: SocketAddr,
+        to: SocketAddr,
+    ) -> Result<TcpStream> {
         self.pod.enter(|| {
             let socket = self.proxy_socket(if to.is_ipv4() { V4 } else { V6 })?;
             socket.bind(&client.into())?;
@@ -368,7 +372,19 @@ impl Topology {
         })
     }
 
-    pub fn count(&self, counter: Counter) -> Result<u64> {
+    /// The agent dies: its listeners are gone. They leave the map by hand, because a closed one
+    /// lives on for as long as a process that is just being started by another test has it.
+    pub(crate) fn stop_listening(&self, listeners: Listeners) -> Result<()> {
+        for direction in [OUTBOUND, INBOUND] {
+            for family in [V4, V6] {
+                self.loader.clear_listener(SLOT, direction, family)?;
+            }
+        }
+        drop(listeners);
+        Ok(())
+    }
+
+    pub(crate) fn count(&self, counter: Counter) -> Result<u64> {
         let counters = self.loader.counters(SLOT)?;
         Ok(counters
             .iter()
@@ -377,7 +393,7 @@ impl Topology {
     }
 
     /// Waits for a counter to pass what it was.
-    pub fn await_count(&self, counter: Counter, more_than: u64) -> Result<()> {
+    pub(crate) fn await_count(&self, counter: Counter, more_than: u64) -> Result<()> {
         let deadline = Instant::now() + SOON;
         while self.count(counter)? <= more_than {
             ensure!(
@@ -391,7 +407,7 @@ impl Topology {
         Ok(())
     }
 
-    pub fn nonzero(&self) -> Result<Vec<(&'static str, u64)>> {
+    pub(crate) fn nonzero(&self) -> Result<Vec<(&'static str, u64)>> {
         let counters = self.loader.counters(SLOT)?;
         Ok(counters
             .iter()
@@ -423,13 +439,13 @@ impl Drop for Topology {
 }
 
 /// By family: IPv4 first.
-pub struct Listeners {
-    pub outbound: [TcpListener; 2],
-    pub inbound: [TcpListener; 2],
+pub(crate) struct Listeners {
+    pub(crate) outbound: [TcpListener; 2],
+    pub(crate) inbound: [TcpListener; 2],
 }
 
 /// A captured pod with no exceptions.
-pub fn active() -> PodConfig {
+pub(crate) fn active() -> PodConfig {
     PodConfig {
         flags: PodConfig::ACTIVE,
         ..PodConfig::EMPTY
@@ -437,16 +453,16 @@ pub fn active() -> PodConfig {
 }
 
 /// An application that listens in `netns`.
-pub fn serve(netns: &Netns, at: SocketAddr) -> Result<TcpListener> {
+pub(crate) fn serve(netns: &Netns, at: SocketAddr) -> Result<TcpListener> {
     netns.enter(|| TcpListener::bind(at).with_context(|| format!("bind {at}")))
 }
 
-pub fn dial(netns: &Netns, to: SocketAddr) -> Result<TcpStream> {
+pub(crate) fn dial(netns: &Netns, to: SocketAddr) -> Result<TcpStream> {
     netns.enter(|| Ok(TcpStream::connect_timeout(&to, SOON)?))
 }
 
 /// The same from a given address and port.
-pub fn dial_from(netns: &Netns, from: SocketAddr, to: SocketAddr) -> Result<TcpStream> {
+pub(crate) fn dial_from(netns: &Netns, from: SocketAddr, to: SocketAddr) -> Result<TcpStream> {
     netns.enter(|| {
         let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(Protocol::TCP))?;
         socket.set_reuse_address(true)?;
@@ -457,7 +473,11 @@ pub fn dial_from(netns: &Netns, from: SocketAddr, to: SocketAddr) -> Result<TcpS
 }
 
 /// How a connection attempt of `netns` ends: the kind of its error, or that it stood.
-pub fn attempt(netns: &Netns, to: SocketAddr, patience: Duration) -> Result<Option<io::ErrorKind>> {
+pub(crate) fn attempt(
+    netns: &Netns,
+    to: SocketAddr,
+    patience: Duration,
+) -> Result<Option<io::ErrorKind>> {
     netns.enter(|| match TcpStream::connect_timeout(&to, patience) {
         Ok(_stream) => Ok(None),
         Err(error) => Ok(Some(error.kind())),
@@ -465,11 +485,11 @@ pub fn attempt(netns: &Netns, to: SocketAddr, patience: Duration) -> Result<Opti
 }
 
 /// The next connection of a listener, or an error after a while.
-pub fn accept(listener: &TcpListener) -> Result<(TcpStream, SocketAddr)> {
+pub(crate) fn accept(listener: &TcpListener) -> Result<(TcpStream, SocketAddr)> {
     accept_within(listener, SOON)?.context("nobody connected")
 }
 
-pub fn accept_within(
+pub(crate) fn accept_within(
     listener: &TcpListener,
     patience: Duration,
 ) -> Result<Option<(TcpStream, SocketAddr)>> {
@@ -571,9 +591,4 @@ impl NetnsCookie for Socket {
             Err(io::Error::last_os_error())
         }
     }
-}
-
-/// For tests that bind to what the kernel chooses.
-pub fn any_port(ip: IpAddr) -> SockAddr {
-    SocketAddr::new(ip, 0).into()
 }

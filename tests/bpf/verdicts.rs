@@ -23,7 +23,7 @@ use crate::{
     topology::{CAPTURE_MARK, FAMILIES, OUR_MARK, SLOT, Setup, Topology, active, serve},
 };
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     ("egress_takes_a_syn_with_mark_and_address", egress_takes),
     (
         "egress_passes_what_is_not_tcp_and_what_is_excepted",

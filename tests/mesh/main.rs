@@ -4,6 +4,7 @@
 //! Every test states a promise to a user, and every comparison has a control: the same steps with
 //! the mesh off. `cargo xtask test --tier mesh` builds the agent and says where it lies.
 mod failclosed;
+mod ground;
 mod harness;
 mod identity_attacks;
 mod lifecycle;

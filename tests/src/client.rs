@@ -54,6 +54,20 @@ pub fn ping(stream: &mut TcpStream, bytes: &[u8]) -> io::Result<()> {
     }
 }
 
+/// Reads byte by byte up to and including `end`.
+pub fn read_until(stream: &mut TcpStream, end: &[u8]) -> io::Result<String> {
+    let mut text = Vec::new();
+    let mut byte = [0];
+    while !text.ends_with(end) {
+        stream.read_exact(&mut byte)?;
+        text.push(byte[0]);
+        if text.len() > 64 * 1024 {
+            return Err(io::Error::other("64 KiB without the end looked for"));
+        }
+    }
+    Ok(String::from_utf8_lossy(&text).into_owned())
+}
+
 /// How a connection ended for a reader.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
@@ -128,6 +142,7 @@ pub fn http_get(to: SocketAddr, path: &str, deadline: Duration) -> Result<(u16, 
 pub struct Reuse {
     pub rounds: u32,
     pub failed: u32,
+    pub first_error: Option<String>,
     pub longest: Duration,
     pub over_200_ms: u32,
 }
@@ -148,7 +163,20 @@ pub fn reuse_source_ports(
     for port in ports.cycle().take(rounds as usize) {
         let start = Instant::now();
         let once = || -> io::Result<()> {
-            let mut stream = connect_from((from, port).into(), to, Duration::from_secs(5))?;
+            let mut stream = loop {
+                match connect_from((from, port).into(), to, Duration::from_secs(5)) {
+                    // Our own last connection from this port waits for its last ACK.
+                    Err(e)
+                        if matches!(
+                            e.kind(),
+                            io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable
+                        ) && start.elapsed() < Duration::from_secs(5) =>
+                    {
+                        std::thread::sleep(Duration::from_millis(1));
+                    }
+                    done => break done?,
+                }
+            };
             stream.write_all(b"ping")?;
             let mut answer = Vec::new();
             stream.read_to_end(&mut answer)?;
@@ -158,8 +186,9 @@ pub fn reuse_source_ports(
                 Err(io::Error::other("wrong answer"))
             }
         };
-        if once().is_err() {
+        if let Err(e) = once() {
             result.failed += 1;
+            result.first_error.get_or_insert(e.to_string());
         }
         let took = start.elapsed();
         result.longest = result.longest.max(took);

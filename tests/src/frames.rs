@@ -138,11 +138,7 @@ impl Forger {
             return Ok(heard);
         };
         heard.answered = true;
-        let next = |flags| {
-            Segment::new(from, to, flags)
-                .seq(sequence + 1)
-                .ack(theirs)
-        };
+        let next = |flags| Segment::new(from, to, flags).seq(sequence + 1).ack(theirs);
         self.send(shape, &next(ACK))?;
         self.send(shape, &next(ACK | PSH).payload(payload))?;
         self.listen(from, to, |packet| {

@@ -33,6 +33,9 @@ pub enum Habit {
     FinThenRead { bytes: usize, wait: Duration },
     /// Says this before the client says anything, then echoes.
     SpeaksFirst(&'static str),
+    /// Upgrades the standard's example handshake to WebSocket, then sends every frame back
+    /// unmasked.
+    WebSocket,
     /// Accepts and never reads.
     ReadsNothing,
     /// Reads a first byte and answers with RST.
@@ -49,6 +52,7 @@ pub struct Server {
     port: u16,
     stop: Arc<AtomicBool>,
     seen: Arc<Seen>,
+    thread: Option<thread::JoinHandle<()>>,
 }
 
 /// What happened at a server so far.
@@ -69,7 +73,7 @@ impl Server {
         let seen = Arc::new(Seen::default());
         let (ready, listening) = mpsc::sync_channel(1);
         let (stopped, counted) = (stop.clone(), seen.clone());
-        netns.spawn(&format!("server-{port}"), move || {
+        let thread = netns.spawn(&format!("server-{port}"), move || {
             let listener = match listen(port) {
                 Ok(listener) => listener,
                 Err(e) => {
@@ -84,7 +88,12 @@ impl Server {
             .recv()
             .context("the server's thread is gone")?
             .with_context(|| format!("listen on port {port} in {}", netns.name()))?;
-        Ok(Self { port, stop, seen })
+        Ok(Self {
+            port,
+            stop,
+            seen,
+            thread: Some(thread),
+        })
     }
 
     pub fn port(&self) -> u16 {
@@ -111,6 +120,10 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
+        // The port is free for the next server when this returns.
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
     }
 }
 
@@ -198,6 +211,7 @@ fn converse(
             stream.write_all(greeting.as_bytes())?;
             echo(stream, stop, seen)
         }
+        Habit::WebSocket => web_socket(stream, stop),
         Habit::ReadsNothing => {
             while !stop.load(Ordering::Relaxed) {
                 thread::sleep(Duration::from_millis(50));
@@ -231,6 +245,32 @@ fn echo(stream: &mut TcpStream, stop: &AtomicBool, seen: &Seen) -> io::Result<()
         }
         seen.bytes.fetch_add(n as u64, Ordering::Relaxed);
         stream.write_all(&buffer[..n])?;
+    }
+}
+
+/// Enough of the protocol for short frames with the mask zero.
+fn web_socket(stream: &mut TcpStream, stop: &AtomicBool) -> io::Result<()> {
+    client::read_until(stream, b"\r\n\r\n")?;
+    stream.write_all(
+        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
+          Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n",
+    )?;
+    let mut buffer = [0; 256];
+    let mut have = 0;
+    loop {
+        let n = read(stream, &mut buffer[have..], stop)?;
+        if n == 0 {
+            return Ok(());
+        }
+        have += n;
+        // Two bytes of header, four of mask, and what the header says.
+        while have >= 6 && have >= 6 + usize::from(buffer[1] & 0x7f) {
+            let length = usize::from(buffer[1] & 0x7f);
+            stream.write_all(&[buffer[0], length as u8])?;
+            stream.write_all(&buffer[6..6 + length])?;
+            buffer.copy_within(6 + length..have, 0);
+            have -= 6 + length;
+        }
     }
 }
 

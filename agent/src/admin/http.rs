@@ -221,7 +221,6 @@ fn text(status: StatusCode, body: String) -> Response<Full<Bytes>> {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 

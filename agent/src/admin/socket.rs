@@ -99,6 +99,9 @@ impl Server {
                 }
             }
         }
+        // The file goes before the guard: whoever waits for the guard may end the process then.
+        drop(self);
+        drop(drain);
     }
 }
 
@@ -150,14 +153,19 @@ pub async fn ask(run_dir: &Path, request: &Request) -> Result<serde_json::Value,
             Ok(Response::Error(reason)) => Err(AskError::Refused { reason }),
             Err(_) => Err(AskError::Garbled { path }),
         },
-        Ok(Err(source)) => match source.kind() {
-            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
-                Err(AskError::NoAgent { path })
-            }
-            io::ErrorKind::PermissionDenied => Err(AskError::NotRoot { path }),
-            _unforeseen => Err(AskError::Io { path, source }),
-        },
+        Ok(Err(source)) => Err(not_asked(path, source)),
         Err(_) => Err(AskError::Silent { path }),
+    }
+}
+
+fn not_asked(path: PathBuf, source: io::Error) -> AskError {
+    let kind = source.kind();
+    if kind == io::ErrorKind::NotFound || kind == io::ErrorKind::ConnectionRefused {
+        AskError::NoAgent { path }
+    } else if kind == io::ErrorKind::PermissionDenied {
+        AskError::NotRoot { path }
+    } else {
+        AskError::Io { path, source }
     }
 }
 
@@ -188,7 +196,6 @@ pub enum AskError {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
     use serde_json::json;
 

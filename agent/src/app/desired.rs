@@ -16,9 +16,6 @@ use crate::{
     state::{Identity, Mesh, PodUid, Workload},
 };
 
-
-
-
 /// How long an identity is held after its last pod left: a tunnel that others opened for it is
 /// served for a minute (they may not have heard), and a short absence costs no new certificate.
 const LINGER: Duration = Duration::from_secs(90);
@@ -111,12 +108,11 @@ fn ranges(list: &[PortRange]) -> [PortRange; MAX_SKIP_RANGES] {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
+    use crate::state::ObjectKey;
     use crate::state::objects::{
         DefaultPolicy, MeshSettings, Namespace, Objects, OutboundDefault, Pod, Words,
     };
-    use crate::state::ObjectKey;
 
     use std::path::PathBuf;
 
@@ -165,7 +161,9 @@ mod tests {
             },
         };
         let namespace_key = namespace.key.clone();
-        objects.namespaces.insert(namespace_key, Arc::new(namespace));
+        objects
+            .namespaces
+            .insert(namespace_key, Arc::new(namespace));
         for (n, mut pod) in pods.into_iter().enumerate() {
             pod.ips = vec![[10, 1, 0, n as u8 + 1].into()];
             objects.pods.insert(pod.uid.clone(), Arc::new(pod));

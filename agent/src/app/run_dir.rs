@@ -17,6 +17,8 @@ use nix::{
 };
 use thiserror::Error;
 
+use crate::admin;
+
 const LOCK: &str = "agent.lock";
 
 #[derive(Debug, Error)]
@@ -105,6 +107,20 @@ impl RunDir {
     pub fn path(&self) -> &Path {
         &self.path
     }
+
+    /// Removes what agents leave here, and the directory if nothing else is in it.
+    pub fn remove(self) -> io::Result<()> {
+        for name in [admin::socket::NAME, LOCK] {
+            match fs::remove_file(self.path.join(name)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                Ok(()) | Err(_) => {}
+            }
+        }
+        match fs::remove_dir(&self.path) {
+            Err(error) if error.kind() != io::ErrorKind::DirectoryNotEmpty => Err(error),
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
 }
 
 fn sign(lock: &mut Flock<File>) -> io::Result<()> {
@@ -114,7 +130,6 @@ fn sign(lock: &mut Flock<File>) -> io::Result<()> {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
 
@@ -139,6 +154,19 @@ mod tests {
         let _held = RunDir::open(&path).unwrap();
         let mode = fs::metadata(&path).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o700);
+    }
+
+    #[test]
+    fn removing_leaves_only_what_is_not_ours() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run");
+        RunDir::open(&path).unwrap().remove().unwrap();
+        assert!(!path.exists());
+        let held = RunDir::open(&path).unwrap();
+        fs::write(path.join("precious"), "").unwrap();
+        held.remove().unwrap();
+        let left: Vec<_> = fs::read_dir(&path).unwrap().collect();
+        assert_eq!(left.len(), 1);
     }
 
     #[test]

@@ -58,7 +58,11 @@ pub(super) fn views(shown: &Arc<Shown>, log_level: Option<LogLevel>) -> Views {
 /// Weak, for the metrics are among those who are asked.
 pub(super) fn register(shown: &Arc<Shown>, metrics: &Metrics) {
     let shown = Arc::downgrade(shown);
-    metrics.add_source(move || shown.upgrade().map_or_else(Vec::new, |shown| shown.families()));
+    metrics.add_source(move || {
+        shown
+            .upgrade()
+            .map_or_else(Vec::new, |shown| shown.families())
+    });
 }
 
 impl Shown {
@@ -313,7 +317,6 @@ fn counted(counts: BTreeMap<&'static str, u64>, label: &'static str) -> Vec<Samp
     samples.collect()
 }
 
-
 fn epoch(at: SystemTime) -> Option<f64> {
     let since = at.duration_since(SystemTime::UNIX_EPOCH).ok()?;
     Some(since.as_secs_f64())
@@ -328,7 +331,6 @@ fn timestamp(at: SystemTime) -> String {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
     use super::*;
 

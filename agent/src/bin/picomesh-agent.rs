@@ -64,10 +64,14 @@ fn run(cli: Cli) -> anyhow::Result<()> {
                 fail_open: false,
                 rules: rule::ALL,
             };
-            // An agent that runs would enrol its pods again.
-            let held = app::RunDir::open(&settings.run_dir)?;
+            // An agent that runs would enrol its pods again. Without the directory none does.
+            let exists = settings.run_dir.exists();
+            let held = exists.then(|| app::RunDir::open(&settings.run_dir));
+            let held = held.transpose()?;
             small_runtime()?.block_on(Datapath::cleanup(settings))?;
-            drop(held);
+            if let Some(held) = held {
+                held.remove()?;
+            }
             Ok(())
         }
         Command::Debug(args) => {

@@ -43,7 +43,10 @@ pub enum PodEvent {
     /// Serve these listeners; element `i` belongs to data thread `i`. Sent before the programs let
     /// the first packet through, after an adoption, and again (same handle) when the listeners had
     /// to be made anew: they then take the place of those before.
-    Captured { pod: Arc<dyn PodSockets>, listeners: Vec<PodListeners> },
+    Captured {
+        pod: Arc<dyn PodSockets>,
+        listeners: Vec<PodListeners>,
+    },
     /// The pod is gone or left the mesh: stop accepting; open connections finish or die with it.
     Released { uid: PodUid },
 }

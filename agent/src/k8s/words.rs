@@ -291,7 +291,8 @@ mod tests {
     #[test]
     fn every_alias_of_the_mesh_word_is_read() {
         let own = "picomesh.io/mesh";
-        let rows: &[(&[(&str, &str)], &[(&str, &str)], Option<bool>)] = &[
+        type Pairs<'a> = &'a [(&'a str, &'a str)];
+        let rows: &[(Pairs<'_>, Pairs<'_>, Option<bool>)] = &[
             (&[], &[], None),
             (&[(own, "enabled")], &[], Some(true)),
             (&[(own, "disabled")], &[], Some(false)),

@@ -121,7 +121,6 @@ fn start_time(stat: Option<&Stat>, ticks: f64) -> Option<f64> {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
     use super::*;
 

@@ -292,7 +292,6 @@ impl DurationCell {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
     use std::time::Duration;
 

@@ -85,24 +85,7 @@ impl Conns {
 
     /// Ends what `mesh` forbids, and what belongs to a pod that is no more.
     pub(super) fn reconsider(&self, mesh: &Mesh) {
-        self.abort_where(|conn| {
-            if let Some(callee) = &conn.callee {
-                let Some(workload) = mesh.workloads.get(&callee.uid) else {
-                    return Some(Reason::PodGone);
-                };
-                // Who has left the mesh keeps what stands (rule 12).
-                if workload.meshed && authz::decide(workload, &callee.client, callee.port).is_err()
-                {
-                    return Some(Reason::PolicyChanged);
-                }
-            }
-            if let Some(caller) = &conn.caller
-                && !mesh.workloads.contains_key(caller)
-            {
-                return Some(Reason::PodGone);
-            }
-            None
-        });
+        self.abort_where(|conn| conn.forbidden(mesh));
     }
 
     pub(super) fn abort_all(&self, reason: Reason) {
@@ -139,6 +122,30 @@ impl Conns {
 }
 
 impl Conn {
+    /// The mesh changed between the decision and the registration: decide again.
+    pub(super) fn reconsider(&self, mesh: &Mesh) {
+        if let Some(reason) = self.forbidden(mesh) {
+            self.abort(reason);
+        }
+    }
+
+    fn forbidden(&self, mesh: &Mesh) -> Option<Reason> {
+        if let Some(callee) = &self.callee {
+            let Some(workload) = mesh.workloads.get(&callee.uid) else {
+                return Some(Reason::PodGone);
+            };
+            // Who has left the mesh keeps what stands (rule 12).
+            if workload.meshed && authz::decide(workload, &callee.client, callee.port).is_err() {
+                return Some(Reason::PolicyChanged);
+            }
+        }
+        let caller_gone = self
+            .caller
+            .as_ref()
+            .is_some_and(|caller| !mesh.workloads.contains_key(caller));
+        caller_gone.then_some(Reason::PodGone)
+    }
+
     fn abort(&self, reason: Reason) {
         if self.aborted.get().is_none() {
             self.aborted.set(Some(reason));

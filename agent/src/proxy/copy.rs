@@ -47,6 +47,9 @@ const SLICES: usize = 16;
 /// Bytes sent into a tunnel before asking again whether its window still has room.
 const UNASKED: usize = 64 * 1024;
 
+// A connection's task is little more than its pump: hold the bound.
+const _: () = assert!(size_of::<SocketPump>() <= 384 && size_of::<StreamPump>() <= 512);
+
 /// How a pump ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum End {
@@ -82,26 +85,18 @@ pub(super) struct Meter {
 }
 
 impl Meter {
-    pub(super) fn from_source(&mut self, bytes: usize) {
-        let bytes = bytes as u64;
-        self.sent += bytes;
-        for flow in self.outbound.iter().chain(&self.inbound) {
-            flow.from_source(bytes);
-        }
-    }
-
-    pub(super) fn from_destination(&mut self, bytes: usize) {
-        let bytes = bytes as u64;
-        self.received += bytes;
-        for flow in self.outbound.iter().chain(&self.inbound) {
-            flow.from_destination(bytes);
-        }
-    }
-
     fn count(&mut self, way: Toward, bytes: usize) {
+        let bytes = bytes as u64;
+        let flows = self.outbound.iter().chain(&self.inbound);
         match way {
-            Toward::Server => self.from_source(bytes),
-            Toward::Client => self.from_destination(bytes),
+            Toward::Server => {
+                self.sent += bytes;
+                flows.for_each(|flow| flow.from_source(bytes));
+            }
+            Toward::Client => {
+                self.received += bytes;
+                flows.for_each(|flow| flow.from_destination(bytes));
+            }
         }
     }
 }

@@ -162,6 +162,6 @@ async fn establish(
             sent: 0,
             received: 0,
         },
-        conn: thread.conns.open(None, Some(callee)),
+        conn: thread.register(&mesh, None, Some(callee)),
     })
 }

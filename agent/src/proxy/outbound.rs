@@ -147,7 +147,7 @@ async fn establish(
         let hop = match decide(thread, caller, peer, &destination, &tried) {
             Ok(hop) => hop,
             Err(refused) => {
-                if let Some((endpoint, denied)) = refused.denied {
+                if let Some((endpoint, denied)) = refused.denied.map(|denied| *denied) {
                     let info = inbound_info(caller, &endpoint, target, None, denied.server.clone());
                     if let Some(info) = info {
                         thread.recorder.authz(&info, false);
@@ -161,7 +161,7 @@ async fn establish(
         match reach(thread, pod, &mesh, caller, report, &hop).await {
             Ok((far, hbone)) => {
                 report.record.dst_hbone_addr = hbone;
-                return Ok(begin(thread, caller, report, &destination, hop, far));
+                return Ok(begin(thread, &mesh, caller, report, &destination, hop, far));
             }
             Err(refusal) => {
                 let retry = matches!(destination, Destination::Service(_))
@@ -191,7 +191,7 @@ async fn establish(
 struct Refused {
     refusal: Refusal,
     /// Policy of a pod of this node said so.
-    denied: Option<(Endpoint, authz::Denied)>,
+    denied: Option<Box<(Endpoint, authz::Denied)>>,
 }
 
 impl From<Refusal> for Refused {
@@ -247,7 +247,7 @@ fn decide(
                     );
                     return Err(Refused {
                         refusal: Refusal::new(denied.reason, detail),
-                        denied: Some((endpoint, denied)),
+                        denied: Some(Box::new((endpoint, denied))),
                     });
                 }
             }
@@ -346,6 +346,7 @@ async fn reach(
 /// The far end stands: count and register.
 fn begin(
     thread: &Rc<Thread>,
+    mesh: &Mesh,
     caller: &Arc<Workload>,
     report: &Report,
     destination: &Destination,
@@ -411,7 +412,7 @@ fn begin(
             sent: 0,
             received: 0,
         },
-        conn: thread.conns.open(Some(caller.uid.clone()), callee),
+        conn: thread.register(mesh, Some(caller.uid.clone()), callee),
         _load: Load::new(thread, hop.endpoint.addr),
     }
 }

@@ -76,6 +76,10 @@ pub(super) enum ConnectError {
 }
 
 impl ConnectError {
+    #[expect(
+        clippy::wildcard_enum_match_arm,
+        reason = "std may add kinds at any time; all others mean that there is no way"
+    )]
     pub(super) fn reason(&self) -> Reason {
         match self {
             Self::NoSocket { .. } => Reason::NoSocket,

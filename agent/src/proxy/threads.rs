@@ -25,7 +25,7 @@ use tokio::{
 
 use super::{
     COMMANDS, ProxySettings, Surroundings, accept,
-    conns::Conns,
+    conns::{Callee, Conn, Conns},
     copy::Scratch,
     inbound, outbound,
     reason::Reason,
@@ -189,6 +189,22 @@ impl Thread {
         self.pods.borrow().get(uid).cloned()
     }
 
+    /// Registers a connection that was decided by `decided`. Policy may have changed while its far
+    /// end was connected; then nobody else would ask again.
+    pub(super) fn register(
+        &self,
+        decided: &Mesh,
+        caller: Option<PodUid>,
+        callee: Option<Callee>,
+    ) -> Rc<Conn> {
+        let conn = self.conns.open(caller, callee);
+        let mesh = self.mesh.load();
+        if mesh.version != decided.version {
+            conn.reconsider(&mesh);
+        }
+        conn
+    }
+
     /// Did this pod of our node leave the mesh so lately that callers may not know yet?
     pub(super) fn left_lately(&self, uid: &PodUid) -> bool {
         self.left
@@ -200,31 +216,30 @@ impl Thread {
 
 /// Starts a data thread. It ends when its drain is over.
 pub(super) fn spawn(start: Start) -> io::Result<ThreadHandle> {
-    drop(
-        Builder::new_current_thread()
-            .enable_all()
-            .build_local(LocalOptions::default())?,
-    );
     let (sender, commands) = mpsc::channel(COMMANDS);
     let status = Arc::new(Mutex::new(ThreadStatus::default()));
     let handle = ThreadHandle {
         commands: sender,
         status: Arc::clone(&status),
     };
+    let (started, outcome) = std::sync::mpsc::sync_channel(1);
     std::thread::Builder::new()
         .name(format!("data-{}", start.index))
         .spawn(move || {
-            // A runtime of this kind must be made where it runs. That it can be made was tried above.
+            // A runtime of this kind must be made where it runs.
             let runtime = Builder::new_current_thread()
                 .enable_all()
                 .build_local(LocalOptions::default());
+            // Whoever started us waits for the answer.
             match runtime {
-                Ok(runtime) => runtime.block_on(run(start, commands, status)),
-                Err(error) => {
-                    tracing::error!(%error, "a data thread cannot start: too few descriptors")
+                Ok(runtime) => {
+                    let _told = started.send(Ok(()));
+                    runtime.block_on(run(start, commands, status));
                 }
+                Err(error) => drop(started.send(Err(error))),
             }
         })?;
+    outcome.recv().map_err(io::Error::other)??;
     Ok(handle)
 }
 

@@ -198,7 +198,7 @@ mod tests {
     #[test]
     fn of_two_drawn_the_one_with_fewer_open_connections_is_taken() {
         let four = service([0, 1, 2, 3], None);
-        let rows: [(&[(u16, usize)], [usize; 2], u16); 8] = [
+        let rows: [(&[_], [usize; 2], u16); 8] = [
             (&[], [0, 0], 0),
             (&[(0, 1)], [0, 0], 1),
             (&[(0, 1), (1, 1)], [0, 0], 0),

@@ -18,7 +18,8 @@ use tokio::sync::watch;
 
 use super::{
     Identity, ObjectKey, PodUid,
-    frontends::{self, Known},
+    endpoints::Known,
+    frontends,
     objects::{ContainerPort, Labels, MeshSettings, Objects, OutboundDefault, Owner, Pod, Words},
     policy::InboundPolicy,
     resolve::Frontend,

@@ -13,6 +13,7 @@
 
 pub mod balance;
 mod describe;
+mod endpoints;
 mod frontends;
 pub mod mesh;
 pub mod names;
@@ -21,7 +22,6 @@ pub mod policy;
 pub mod resolve;
 mod servers;
 
-pub use describe::PortWords;
 pub use mesh::{Mesh, MeshStore, Problem, Workload};
 pub use names::{Identity, ObjectKey, PodUid};
 

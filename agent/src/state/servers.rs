@@ -58,32 +58,42 @@ impl<'a> Servers<'a> {
             })
             .collect();
 
+        for authorization in objects.server_authorizations.values() {
+            let ServerRef::Name(name) = &authorization.server else {
+                continue;
+            };
+            let server = ObjectKey {
+                name: Arc::clone(name),
+                ..authorization.key.clone()
+            };
+            if !objects.servers.contains_key(&server) {
+                problems.push(Problem {
+                    kind: "ServerAuthorization",
+                    object: authorization.key.clone(),
+                    message: format!(
+                        "spec.server.name: there is no Server {server}; create it or name another"
+                    ),
+                });
+            }
+        }
+
         let mut by_namespace: HashMap<&str, Vec<_>> = HashMap::new();
         for server in objects.servers.values() {
+            let here = |key: &ObjectKey| key.namespace == server.key.namespace;
             let policies = authorization_policies
                 .iter()
-                .filter_map(|(policy, conditions)| {
-                    (policy.key.namespace == server.key.namespace && targets(policy, server)).then(
-                        || Authorization {
-                            authz: PolicyRef::of_object("authorizationpolicy", &policy.key.name),
-                            conditions: conditions.clone(),
-                        },
-                    )
+                .filter(|(policy, _)| here(&policy.key) && targets(policy, server))
+                .map(|(policy, conditions)| Authorization {
+                    authz: PolicyRef::of_object("authorizationpolicy", &policy.key.name),
+                    conditions: conditions.clone(),
                 });
-            let older_kind =
-                server_authorizations
-                    .iter()
-                    .filter_map(|(authorization, conditions)| {
-                        (authorization.key.namespace == server.key.namespace
-                            && refers_to(authorization, server))
-                        .then(|| Authorization {
-                            authz: PolicyRef::of_object(
-                                "serverauthorization",
-                                &authorization.key.name,
-                            ),
-                            conditions: conditions.clone(),
-                        })
-                    });
+            let older_kind = server_authorizations
+                .iter()
+                .filter(|(older, _)| here(&older.key) && refers_to(older, server))
+                .map(|(older, conditions)| Authorization {
+                    authz: PolicyRef::of_object("serverauthorization", &older.key.name),
+                    conditions: conditions.clone(),
+                });
             let policy = ServerPolicy {
                 server: PolicyRef::of_object("server", &server.key.name),
                 access: server.access_policy,

@@ -15,8 +15,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use parking_lot::Mutex;
 use picomesh::datapath::{
-    Datapath, DatapathSettings, Desired, DesiredPod, PodEvent, PodHandle, PodSockets, PodStatus,
-    Source,
+    Datapath, DatapathSettings, Desired, DesiredPod, PodEvent, PodSockets, PodStatus, Source,
 };
 use picomesh_common::{PodConfig, config::rule};
 use tokio::{
@@ -65,7 +64,7 @@ impl Drop for Dirs {
     }
 }
 
-type Served = Arc<Mutex<HashMap<String, (Arc<PodHandle>, Arc<AtomicBool>)>>>;
+type Served = Arc<Mutex<HashMap<String, (Arc<dyn PodSockets>, Arc<AtomicBool>)>>>;
 
 /// An agent of the node `node`. Dropping it is `kill -9`: all its sockets close, nothing is undone.
 pub(crate) struct Agent {
@@ -154,7 +153,7 @@ impl Agent {
         self.datapath.status()
     }
 
-    pub(crate) fn handle(&self, uid: &str) -> Option<Arc<PodHandle>> {
+    pub(crate) fn handle(&self, uid: &str) -> Option<Arc<dyn PodSockets>> {
         self.served
             .lock()
             .get(uid)
@@ -245,13 +244,18 @@ fn serve(event: PodEvent, served: &Served) {
     }
 }
 
-fn accept(listener: &TcpListener, inbound: bool, pod: &Arc<PodHandle>, stop: &Arc<AtomicBool>) {
+fn accept(
+    listener: &TcpListener,
+    inbound: bool,
+    pod: &Arc<dyn PodSockets>,
+    stop: &Arc<AtomicBool>,
+) {
     while !stop.load(Ordering::Relaxed) {
         match listener.accept() {
             Ok((stream, client)) => {
                 let (pod, stop) = (Arc::clone(pod), Arc::clone(stop));
                 thread::spawn(move || {
-                    if let Err(error) = pass_on(stream, client, inbound, &pod, &stop) {
+                    if let Err(error) = pass_on(stream, client, inbound, &*pod, &stop) {
                         eprintln!("{}: {client}: {error:#}", pod.uid());
                     }
                 });
@@ -265,7 +269,7 @@ fn pass_on(
     stream: TcpStream,
     client: SocketAddr,
     inbound: bool,
-    pod: &PodHandle,
+    pod: &dyn PodSockets,
     stop: &Arc<AtomicBool>,
 ) -> Result<()> {
     stream.set_nonblocking(false)?;

@@ -40,6 +40,8 @@ use crate::{
 
 /// Files that a thousand connections need on either side of them, and to spare.
 const FILES: u64 = 8_192;
+/// What a machine may do for others, as a share of its CPU time, and still be worth measuring.
+const QUIET: f64 = 0.05;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -84,6 +86,13 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         "{machine}; {} rounds of {:?} loads",
         plan.rounds, plan.measure
     );
+    let busy = usage::busy_share(Duration::from_secs(1))?;
+    if busy > QUIET {
+        println!(
+            "warning: others use {:.0} % of this machine; the figures will not mean much",
+            busy * 100.0
+        );
+    }
     let began = Instant::now();
     let (rounds, broken) = measure_all(&contenders, &plan, agent.as_deref());
     let took = began.elapsed();
@@ -109,6 +118,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
             "unix_time": SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs(),
             "took_seconds": took.as_secs_f64(),
             "machine": machine,
+            "busy_before": busy,
             "agent": agent,
             "plan": plan,
             "rounds": rounds,

@@ -125,7 +125,9 @@ impl<'a> Report<'a> {
                     .into_iter()
                     .filter_map(|m| Some((m.key(), self.ratio(m, contender, other)?)))
                     .collect();
-                all.insert(format!("{} / {}", contender.name(), other.name()), spreads);
+                if !spreads.is_empty() {
+                    all.insert(format!("{} / {}", contender.name(), other.name()), spreads);
+                }
             }
         }
         all

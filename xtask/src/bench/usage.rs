@@ -6,7 +6,13 @@
 //! is not attributed here. The machine's busy time, kept beside it in the JSON, has it all, the
 //! client's and the server's included.
 
-use std::{fmt, fs, path::Path, process::Command, time::Duration};
+use std::{
+    fmt, fs,
+    path::Path,
+    process::Command,
+    thread,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result};
 use picomesh_tests::process::cpu_of;
@@ -65,6 +71,15 @@ pub(crate) fn resident_mb(root: i32) -> Result<f64> {
     Ok(kib as f64 * 1024.0 / 1e6)
 }
 
+/// The share of the machine's CPU time, 0 to 1, that others use while we sleep.
+pub(crate) fn busy_share(during: Duration) -> Result<f64> {
+    let (start, before) = (Instant::now(), machine_busy()?);
+    thread::sleep(during);
+    let busy = machine_busy()?.saturating_sub(before);
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    Ok(busy.as_secs_f64() / start.elapsed().as_secs_f64() / cores as f64)
+}
+
 /// What the figures depend on besides the code.
 #[derive(Debug, Serialize)]
 pub(crate) struct Machine {
@@ -89,7 +104,7 @@ impl Machine {
         });
         Self {
             cpu: model.unwrap_or_else(|| std::env::consts::ARCH.to_owned()),
-            cores: std::thread::available_parallelism().map_or(1, usize::from),
+            cores: thread::available_parallelism().map_or(1, usize::from),
             memory_mb: number_after(&meminfo, "MemTotal:").unwrap_or(0) / 1024,
             kernel: one_line("/proc/sys/kernel/osrelease"),
             congestion_control: one_line("/proc/sys/net/ipv4/tcp_congestion_control"),
@@ -189,8 +204,6 @@ fn number_after(text: &str, key: &str) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Instant;
-
     use super::*;
 
     #[test]
@@ -210,7 +223,7 @@ mod tests {
         let (start, before) = (Instant::now(), meter.read().unwrap());
         let mut spent = Usage::default();
         while spent.proxies.is_zero() && start.elapsed() < Duration::from_secs(10) {
-            std::thread::sleep(Duration::from_millis(20));
+            thread::sleep(Duration::from_millis(20));
             spent = meter.read().unwrap().since(before);
         }
         for pid in meter.pids.iter().rev() {

@@ -110,7 +110,7 @@ fn a_plain_client_is_served_where_policy_lets_it() {
         server.await.unwrap();
         world
             .two
-            .counted(&["tcp_close_total", "inbound", "not_provided"], 1.0)
+            .counted(&["tcp_close_total", "inbound", "no_tls_from_remote"], 1.0)
             .await;
     });
 }

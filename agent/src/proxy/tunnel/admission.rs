@@ -163,8 +163,6 @@ fn block(peer: IpAddr) -> IpAddr {
 
 #[cfg(test)]
 mod tests {
-    use futures_util::FutureExt;
-
     use super::*;
 
     fn v4(n: u32) -> IpAddr {
@@ -172,7 +170,8 @@ mod tests {
     }
 
     fn gone(place: &mut Place) -> bool {
-        place.evicted().now_or_never().is_some()
+        use tokio::sync::oneshot::error::TryRecvError;
+        place.evicted.try_recv() == Err(TryRecvError::Closed)
     }
 
     #[test]

@@ -19,7 +19,7 @@ const STREAM_WINDOW: u32 = 512 * 1024;
 /// Streams that one tunnel carries; more open another tunnel.
 pub(super) const STREAMS: u32 = 1024;
 const CONNECTION_WINDOW: u32 = STREAM_WINDOW * STREAMS;
-const _: () = assert!(CONNECTION_WINDOW <= (1 << 31) - 1);
+const _: () = assert!(CONNECTION_WINDOW < 1 << 31);
 /// Largest DATA frame we take.
 const FRAME: u32 = 64 * 1024;
 /// What one stream may have waiting for the tunnel's socket on our side.

@@ -259,6 +259,10 @@ fn client_identity(tls: &TlsStream<Wire>) -> Result<Identity, Refusal> {
 }
 
 /// Which word a failed handshake gets.
+#[expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "rustls' enum is non-exhaustive; everything unnamed is one word"
+)]
 fn handshake_failed(error: &io::Error) -> Refusal {
     let tls = error
         .get_ref()
@@ -478,7 +482,7 @@ async fn establish(
             sent: 0,
             received: 0,
         },
-        conn: thread.conns.open(None, Some(guarded)),
+        conn: thread.register(&mesh, None, Some(guarded)),
     })
 }
 

@@ -729,6 +729,13 @@ fn what_does_not_fit_is_reported_and_what_fits_is_not() {
         ]
     );
     assert_eq!(
+        problems("saz of other server"),
+        [
+            "ServerAuthorization shop/let-in: spec.server.name: there is no Server shop/zebra; create \
+          it or name another"
+        ]
+    );
+    assert_eq!(
         problems("ap of route"),
         [
             "AuthorizationPolicy shop/let-in: spec.targetRef: HTTPRoute web is not evaluated, because \

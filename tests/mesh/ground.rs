@@ -1,0 +1,126 @@
+//! What most tests stand on: two nodes, a client, and servers near and far.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+use picomesh_tests::{Agent, Pod, PodSpec, Service, ServiceSpec, World, client};
+
+/// Long enough for a slow machine, short enough that a hang shows.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
+
+pub(crate) struct Ground {
+    pub(crate) agents: Vec<Agent>,
+    /// Meshed, node 0.
+    pub(crate) near: Pod,
+    /// Meshed, node 0: what `near` reaches without a tunnel.
+    pub(crate) beside: Pod,
+    /// Meshed, node 1.
+    pub(crate) far: Pod,
+    /// Not meshed, node 0.
+    pub(crate) plain: Pod,
+    /// A Service for each, on the same port as the pod.
+    services: Vec<(String, Service)>,
+    pub(crate) world: World,
+}
+
+/// The port that all servers of this tier listen on.
+pub(crate) const PORT: u16 = 8080;
+
+impl Ground {
+    pub(crate) fn new() -> Result<Self> {
+        Self::with(|spec| spec)
+    }
+
+    /// A ground whose server pods (`beside`, `far`) are written as `change` says.
+    pub(crate) fn with(change: fn(PodSpec) -> PodSpec) -> Result<Self> {
+        let world = World::new(2)?;
+        world.namespace("mesh", Some("enabled"))?;
+        let near = world.pod(&PodSpec::new("near"))?;
+        let beside = world.pod(&change(PodSpec::new("beside")))?;
+        let far = world.pod(&change(PodSpec::new("far").on(1)))?;
+        let plain = world.pod(&PodSpec::new("plain").unmeshed())?;
+        let services = ["near", "beside", "far"]
+            .into_iter()
+            .map(|name| {
+                let service = world.service(&ServiceSpec::new(name, PORT, PORT))?;
+                Ok((name.to_owned(), service))
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            agents: Vec::new(),
+            near,
+            beside,
+            far,
+            plain,
+            services,
+            world,
+        })
+    }
+
+    /// Starts the agents and waits for all meshed pods.
+    pub(crate) fn mesh(&mut self) -> Result<()> {
+        self.agents = self
+            .world
+            .start_mesh(&[&self.near, &self.beside, &self.far])?;
+        Ok(())
+    }
+
+    pub(crate) fn agent(&self, node: usize) -> Result<&Agent> {
+        self.agents
+            .get(node)
+            .with_context(|| format!("no agent runs on node {node}"))
+    }
+
+    /// All addresses under which a pod is known: its own, and with the mesh its Service's.
+    pub(crate) fn addresses(&self, pod: &Pod) -> Vec<IpAddr> {
+        let mut addresses: Vec<IpAddr> = vec![pod.v4().into(), pod.v6().into()];
+        if !self.agents.is_empty()
+            && let Some((_, service)) = self.services.iter().find(|(name, _)| name == pod.name())
+        {
+            addresses.push(service.v4.into());
+            addresses.push(service.v6.into());
+        }
+        addresses
+    }
+}
+
+/// Plays a case without the mesh and then with it, towards a pod of the same node and one of the
+/// other, under all their addresses. The mesh must have carried the second half.
+pub(crate) fn as_without_the_mesh(case: fn(&Ground, &Pod, SocketAddr) -> Result<()>) -> Result<()> {
+    let mut ground = Ground::new()?;
+    play(&ground, case).context("control, without the mesh")?;
+    ground.mesh()?;
+    let opened = |ground: &Ground| -> Result<f64> {
+        Ok(ground
+            .agent(0)?
+            .metrics()?
+            .sum("tcp_open_total", &[("direction", "outbound")]))
+    };
+    let before = opened(&ground)?;
+    play(&ground, case).context("through the mesh")?;
+    let after = opened(&ground)?;
+    ensure!(
+        after > before,
+        "tcp_open_total did not move from {before}: the traffic went past the mesh"
+    );
+    Ok(())
+}
+
+fn play(ground: &Ground, case: fn(&Ground, &Pod, SocketAddr) -> Result<()>) -> Result<()> {
+    for server in [&ground.far, &ground.beside] {
+        for ip in ground.addresses(server) {
+            case(ground, server, (ip, PORT).into())
+                .with_context(|| format!("{} at {ip}", server.name()))?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether a whole request and answer get through.
+pub(crate) fn served(from: &Pod, to: SocketAddr) -> bool {
+    from.run(|| client::exchange(to, b"are you there?", Duration::from_secs(2)))
+        .is_ok_and(|answer| answer == b"are you there?")
+}

@@ -1,2 +1,0 @@
-use crate::harness::Test;
-pub(crate) const TESTS: &[Test] = &[];
