@@ -424,7 +424,7 @@ impl Attempt {
                 reason: Reason::NoCertificate,
                 detail: error.to_string().into(),
             })?;
-        let mut last = None;
+        let mut last: Option<Failure> = None;
         for remote in &self.to {
             match self.open_to(thread, *remote, &config).await {
                 Ok((sender, connection)) => {
