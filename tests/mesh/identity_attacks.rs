@@ -278,12 +278,20 @@ fn certificates_that_prove_nothing_open_no_tunnel() -> Result<()> {
         ),
         (
             "two URI names",
-            sign(own, vec![uri(&near)?, uri(&ground.other.spiffe_id())?], Life::Now)?,
+            sign(
+                own,
+                vec![uri(&near)?, uri(&ground.other.spiffe_id())?],
+                Life::Now,
+            )?,
             "certificate_invalid",
         ),
         (
             "no URI name",
-            sign(own, vec![SanType::DnsName("near.mesh".try_into()?)], Life::Now)?,
+            sign(
+                own,
+                vec![SanType::DnsName("near.mesh".try_into()?)],
+                Life::Now,
+            )?,
             "certificate_invalid",
         ),
         (
@@ -293,7 +301,11 @@ fn certificates_that_prove_nothing_open_no_tunnel() -> Result<()> {
         ),
         (
             "another trust domain",
-            sign(own, vec![uri("spiffe://elsewhere/ns/mesh/sa/near")?], Life::Now)?,
+            sign(
+                own,
+                vec![uri("spiffe://elsewhere/ns/mesh/sa/near")?],
+                Life::Now,
+            )?,
             "certificate_invalid",
         ),
     ];
@@ -316,8 +328,14 @@ fn certificates_that_prove_nothing_open_no_tunnel() -> Result<()> {
     )?;
     for (what, name) in [
         ("no server name", None),
-        ("a server name that nobody has", Some("web.example".to_owned())),
-        ("the name of a pod of another node", Some(sni(&ground.other)?)),
+        (
+            "a server name that nobody has",
+            Some("web.example".to_owned()),
+        ),
+        (
+            "the name of a pod of another node",
+            Some(sni(&ground.other)?),
+        ),
     ] {
         let call = Call {
             server_name: name,
@@ -405,7 +423,10 @@ fn a_tunnel_speaks_only_for_its_own_pods() -> Result<()> {
     for (what, forwarded) in [
         ("a pod of another identity", claims(&ground.other.v4())),
         ("the callee itself", claims(&ground.far.v4())),
-        ("a pod of the identity on another node", claims(&ground.twin.v4())),
+        (
+            "a pod of the identity on another node",
+            claims(&ground.twin.v4()),
+        ),
         ("a pod outside the mesh", claims(&ground.plain.v4())),
         ("a node", claims(&thief.v4())),
         ("a stranger", claims(&ground.outsider.v4())),
@@ -439,7 +460,11 @@ fn a_tunnel_speaks_only_for_its_own_pods() -> Result<()> {
         ),
         (
             "a list",
-            vec![format!("for={}, for={}", ground.near.v4(), ground.other.v4())],
+            vec![format!(
+                "for={}, for={}",
+                ground.near.v4(),
+                ground.other.v4()
+            )],
         ),
         ("a word", vec!["for=unknown".to_owned()]),
     ] {
@@ -472,7 +497,10 @@ fn a_tunnel_to_a_pods_address_is_held_to_the_same() -> Result<()> {
     ground.refused("a foreign CA", &ground.near, &spoiled, refusal)?;
     for (target, word) in [
         (format!("127.0.0.1:{PORT}"), "bad_target"),
-        (format!("{}:{NODE_PORT}", ground.world.node(1)?.v4()), "bad_target"),
+        (
+            format!("{}:{NODE_PORT}", ground.world.node(1)?.v4()),
+            "bad_target",
+        ),
         (ground.third.at(PORT).to_string(), "wrong_identity"),
         (ground.near.at(PORT).to_string(), "not_local"),
     ] {
@@ -532,9 +560,11 @@ fn a_node_with_anothers_certificate_is_not_believed() -> Result<()> {
     // The certificate alone makes the difference.
     let right = authority.identify(&[&far.spiffe_id()])?;
     let impostor = Impostor::start(node.netns(), at, &right)?;
-    wait::until("the one with the right certificate is believed", 4 * PATIENCE, || {
-        call().is_ok_and(|answer| answer == IMPOSTOR_SAYS)
-    })?;
+    wait::until(
+        "the one with the right certificate is believed",
+        4 * PATIENCE,
+        || call().is_ok_and(|answer| answer == IMPOSTOR_SAYS),
+    )?;
     ensure!(impostor.requests() > 0, "somebody else has answered");
     Ok(())
 }

@@ -7,7 +7,6 @@ mod failclosed;
 mod ground;
 mod harness;
 mod identity_attacks;
-mod lifecycle;
 mod policy;
 mod scale;
 mod traffic;
@@ -21,7 +20,6 @@ fn main() -> ExitCode {
             world::TESTS,
             traffic::TESTS,
             policy::TESTS,
-            lifecycle::TESTS,
             failclosed::TESTS,
             identity_attacks::TESTS,
             scale::TESTS,

@@ -135,23 +135,20 @@ fn run_tier(tier: Tier, filter: Option<&str>) -> Count {
     total
 }
 
-/// The kernel half, and for whole agents the binary that ships, with the switches tests need.
+/// The kernel half, and for whole agents the binary that ships.
 fn prepare_kernel_tiers(tier: Tier) -> Result<()> {
     needs::ensure(&[Purpose::World])?;
     crate::ebpf::build()?;
     if tier == Tier::Mesh {
-        shell::run(&mut agent_build(true))?;
+        shell::run(&mut agent_build())?;
     }
     Ok(())
 }
 
-/// Builds the agent in release; with `testing` it takes rules out on request.
-pub(crate) fn agent_build(testing: bool) -> Command {
+/// Builds the agent as it ships.
+pub(crate) fn agent_build() -> Command {
     let mut command = shell::cargo();
     command.args(["build", "--release", "-p", "picomesh-agent"]);
-    if testing {
-        command.args(["--features", "testing"]);
-    }
     command
 }
 

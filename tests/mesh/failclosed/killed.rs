@@ -11,7 +11,9 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use picomesh_tests::{
-    AgentOptions, Pod, capture::Seen, client,
+    AgentOptions, Pod,
+    capture::Seen,
+    client,
     server::{Habit, Server},
 };
 
@@ -89,7 +91,10 @@ pub(super) fn lost_resets_after_a_kill_leave_nothing_plain() -> Result<()> {
     ground.agents.clear();
     ground.mesh().context("start the agents again")?;
     for mut pair in pairs {
-        for (side, stream) in [("dialling", &mut pair.dialler), ("accepting", &mut pair.acceptor)] {
+        for (side, stream) in [
+            ("dialling", &mut pair.dialler),
+            ("accepting", &mut pair.acceptor),
+        ] {
             let end = client::read_to_end(stream, Duration::from_secs(30))?;
             ensure!(
                 matches!(end, client::End::Reset { read: 0 }),
@@ -118,7 +123,8 @@ fn nothing_plain(outcome: &Outcome) -> Result<()> {
 fn play(mesh: Mesh, lose_resets: bool) -> Result<Outcome> {
     let mut ground = Ground::new()?;
     for pod in [&ground.near, &ground.far] {
-        pod.netns().sysctl("net/ipv4/tcp_fin_timeout", FIN_TIMEOUT)?;
+        pod.netns()
+            .sysctl("net/ipv4/tcp_fin_timeout", FIN_TIMEOUT)?;
     }
     match mesh {
         Mesh::Off => {}
@@ -197,7 +203,9 @@ fn pairs(near: &Pod, far: &Pod) -> Result<Vec<Pair>> {
         } else {
             ([0_u16; 8], SILENT_PORT).into()
         };
-        let listener = far.run(|| listen(any)).with_context(|| format!("listen on {any}"))?;
+        let listener = far
+            .run(|| listen(any))
+            .with_context(|| format!("listen on {any}"))?;
         for _ in 0..EACH {
             let mut dialler = near
                 .run(|| client::connect(to, PATIENCE))

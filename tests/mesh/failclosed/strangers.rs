@@ -55,7 +55,10 @@ pub(super) fn without_an_agent_an_enrolled_pod_is_closed_and_waits() -> Result<(
     ensure!(seen.found[0] == 0, "the marker is on the wire in plain");
     let near = [ground.near.v4().into(), ground.near.v6().into()];
     let bare = seen.tcp().filter(|t| near.contains(&t.src.ip())).count();
-    ensure!(bare == 0, "{bare} packets of the captured client are on the wire");
+    ensure!(
+        bare == 0,
+        "{bare} packets of the captured client are on the wire"
+    );
     ensure!(
         server.accepted() == accepted,
         "the application accepted a stranger"
@@ -164,7 +167,10 @@ fn masquerade(netns: &Netns, to: SocketAddr, port: Option<u16>) -> Result<()> {
     ))?;
     // A tuple is free again as soon as its last user is gone.
     for state in ["time_wait", "close", "close_wait", "last_ack", "fin_wait"] {
-        netns.sysctl(&format!("net/netfilter/nf_conntrack_tcp_timeout_{state}"), "1")?;
+        netns.sysctl(
+            &format!("net/netfilter/nf_conntrack_tcp_timeout_{state}"),
+            "1",
+        )?;
     }
     thread::sleep(Duration::from_millis(1500));
     Ok(())
@@ -196,7 +202,10 @@ pub(super) fn a_flood_of_syn_cookies_lets_nobody_past_policy() -> Result<()> {
     let targets = [ground.far.at(PORT), ground.far.at6(PORT)];
 
     for to in targets {
-        ensure!(served(&outsider, to), "{to} does not serve without the mesh");
+        ensure!(
+            served(&outsider, to),
+            "{to} does not serve without the mesh"
+        );
     }
     let cookies = cookies_redeemed(&ground.far)?;
     ensure!(

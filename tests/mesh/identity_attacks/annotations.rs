@@ -36,7 +36,9 @@ pub(super) fn an_annotation_gives_nobody_anothers_namespace() -> Result<()> {
             status["reason"].to_string().contains(reason),
             "{name} failed, but not for {reason}: {status}"
         );
-        agent.wait_metric("picomesh_pods", &labels, PATIENCE, |now| now == failed + 1.0)?;
+        agent.wait_metric("picomesh_pods", &labels, PATIENCE, |now| {
+            now == failed + 1.0
+        })?;
         agent.wait_log(&[reason, name], PATIENCE)?;
 
         // With its own it is a pod like any other.

@@ -282,13 +282,15 @@ pub(super) struct Impostor {
 impl Impostor {
     /// Listens at `at` in `netns` and shows `credentials` to everybody.
     pub(super) fn start(netns: &Netns, at: SocketAddr, credentials: &Credentials) -> Result<Self> {
-        let mut config = ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
-            .with_safe_default_protocol_versions()?
-            .with_no_client_auth()
-            .with_single_cert(credentials.chain(), credentials.key())?;
+        let mut config =
+            ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+                .with_safe_default_protocol_versions()?
+                .with_no_client_auth()
+                .with_single_cert(credentials.chain(), credentials.key())?;
         config.alpn_protocols = vec![b"h2".to_vec()];
         let acceptor = TlsAcceptor::from(Arc::new(config));
-        let (stop, callers, requests) = <(Arc<AtomicBool>, Arc<AtomicUsize>, Arc<AtomicUsize>)>::default();
+        let (stop, callers, requests) =
+            <(Arc<AtomicBool>, Arc<AtomicUsize>, Arc<AtomicUsize>)>::default();
         let (stopped, called, asked) = (stop.clone(), callers.clone(), requests.clone());
         let (ready, bound) = mpsc::sync_channel(1);
         let thread = netns.spawn("impostor", move || {
