@@ -1,6 +1,6 @@
 //! What a neighbour may send by hand, in every shape, to a pod that lets only proven identities in.
 
-use std::{fmt, net::SocketAddr};
+use std::{fmt, net::SocketAddr, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use picomesh_tests::{
