@@ -13,7 +13,7 @@
 use aya_ebpf::programs::TcContext;
 use picomesh_common::{
     Counter, PodConfig, Tuple,
-    config::{INBOUND, owner, rule},
+    config::{INBOUND, TUNNEL_PORT, owner, rule},
 };
 
 use crate::{
@@ -80,7 +80,9 @@ fn open(ctx: &TcContext, pod: &PodConfig, segment: &Segment, tuple: &Tuple) -> V
     if pod.flags & PodConfig::LEAVING != 0 {
         return Verdict::Pass;
     }
-    if rule(rule::NATURAL_REFUSAL) && !somebody_listens(ctx, tuple, segment.family) {
+    // A tunnel to the pod's own address is for us; no application listens there.
+    let tunnel = segment.destination_port == TUNNEL_PORT.to_be_bytes();
+    if rule(rule::NATURAL_REFUSAL) && !tunnel && !somebody_listens(ctx, tuple, segment.family) {
         return Verdict::PassCounted(Counter::RefusedByKernel);
     }
     if !rule(rule::SYN_TO_LISTENER) && owner_of(ctx, tuple, segment.family) != Owner::Nobody {
