@@ -6,7 +6,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use picomesh_tests::{Agent, Pod, PodSpec, Service, ServiceSpec, World, client};
+use picomesh_tests::{
+    Agent, AgentOptions, Pod, PodSpec, Service, ServiceSpec, World,
+    client::{self, End},
+};
 
 /// Long enough for a slow machine, short enough that a hang shows.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
@@ -62,16 +65,33 @@ impl Ground {
 
     /// Starts the agents and waits for all meshed pods.
     pub(crate) fn mesh(&mut self) -> Result<()> {
-        self.agents = self
-            .world
-            .start_mesh(&[&self.near, &self.beside, &self.far])?;
+        self.mesh_with(&AgentOptions::default())
+    }
+
+    /// The same with options of the test's own.
+    pub(crate) fn mesh_with(&mut self, options: &AgentOptions) -> Result<()> {
+        let pods = [&self.near, &self.beside, &self.far];
+        self.agents = self.world.start_mesh_with(&pods, options)?;
         Ok(())
+    }
+
+    /// Connections that the agent of `node` counted as opened, of those with `labels`.
+    pub(crate) fn opened(&self, node: usize, labels: &[(&str, &str)]) -> Result<f64> {
+        Ok(self.agent(node)?.metrics()?.sum("tcp_open_total", labels))
     }
 
     pub(crate) fn agent(&self, node: usize) -> Result<&Agent> {
         self.agents
             .get(node)
             .with_context(|| format!("no agent runs on node {node}"))
+    }
+
+    /// The Service of one pod.
+    pub(crate) fn service(&self, pod: &str) -> Result<&Service> {
+        self.services
+            .iter()
+            .find_map(|(name, service)| (name == pod).then_some(service))
+            .with_context(|| format!("{pod} has no Service"))
     }
 
     /// All addresses under which a pod is known: its own, and with the mesh its Service's.
@@ -93,15 +113,10 @@ pub(crate) fn as_without_the_mesh(case: fn(&Ground, &Pod, SocketAddr) -> Result<
     let mut ground = Ground::new()?;
     play(&ground, case).context("control, without the mesh")?;
     ground.mesh()?;
-    let opened = |ground: &Ground| -> Result<f64> {
-        Ok(ground
-            .agent(0)?
-            .metrics()?
-            .sum("tcp_open_total", &[("direction", "outbound")]))
-    };
-    let before = opened(&ground)?;
+    let outbound = [("direction", "outbound")];
+    let before = ground.opened(0, &outbound)?;
     play(&ground, case).context("through the mesh")?;
-    let after = opened(&ground)?;
+    let after = ground.opened(0, &outbound)?;
     ensure!(
         after > before,
         "tcp_open_total did not move from {before}: the traffic went past the mesh"
@@ -123,4 +138,17 @@ fn play(ground: &Ground, case: fn(&Ground, &Pod, SocketAddr) -> Result<()>) -> R
 pub(crate) fn served(from: &Pod, to: SocketAddr) -> bool {
     from.run(|| client::exchange(to, b"are you there?", Duration::from_secs(2)))
         .is_ok_and(|answer| answer == b"are you there?")
+}
+
+/// How a connection ends on which nobody says anything. It may be refused, or taken and reset
+/// before or after the caller hears that it stands: all of them are a refusal.
+pub(crate) fn told(to: SocketAddr) -> Result<End> {
+    use std::io::ErrorKind::{ConnectionRefused, ConnectionReset};
+    match client::connect(to, PATIENCE) {
+        Err(e) if matches!(e.kind(), ConnectionRefused | ConnectionReset) => {
+            Ok(End::Reset { read: 0 })
+        }
+        Err(e) => Err(e).with_context(|| format!("connect to {to}")),
+        Ok(mut stream) => Ok(client::read_to_end(&mut stream, PATIENCE)?),
+    }
 }

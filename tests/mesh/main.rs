@@ -7,8 +7,10 @@ mod failclosed;
 mod ground;
 mod harness;
 mod identity_attacks;
+mod lifecycle;
 mod policy;
 mod scale;
+mod services;
 mod traffic;
 mod world;
 
@@ -22,6 +24,8 @@ fn main() -> ExitCode {
             policy::TESTS,
             failclosed::TESTS,
             identity_attacks::TESTS,
+            lifecycle::TESTS,
+            services::TESTS,
             scale::TESTS,
         ]
         .concat(),

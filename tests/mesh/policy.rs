@@ -1,11 +1,16 @@
 //! Policy through real sockets: who is let in, who is not, and what a change does to connections
 //! that are open.
 
-use std::time::{Duration, Instant};
+mod decisions;
+
+use std::{
+    net::{SocketAddr, TcpStream},
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, ensure};
 use picomesh_tests::{
-    PodSpec,
+    Pod, PodSpec,
     client::{self, End},
     manifest,
     server::{Habit, Server},
@@ -37,6 +42,31 @@ pub(crate) const TESTS: &[Test] = &[
         name: "policy::a_change_closes_what_it_forbids_within_a_second",
         needs: &[Need::Mesh],
         run: a_change_closes_what_it_forbids_within_a_second,
+    },
+    Test {
+        name: "policy::a_change_leaves_what_it_still_allows",
+        needs: &[Need::Mesh],
+        run: a_change_leaves_what_it_still_allows,
+    },
+    Test {
+        name: "policy::default_modes_decide_on_every_way",
+        needs: &[Need::Mesh],
+        run: decisions::default_modes_decide_on_every_way,
+    },
+    Test {
+        name: "policy::servers_and_their_authorizations_decide_on_every_way",
+        needs: &[Need::Mesh],
+        run: decisions::servers_and_their_authorizations_decide_on_every_way,
+    },
+    Test {
+        name: "policy::authorization_policies_decide_on_every_way",
+        needs: &[Need::Mesh],
+        run: decisions::authorization_policies_decide_on_every_way,
+    },
+    Test {
+        name: "policy::audit_lets_in_and_tells",
+        needs: &[Need::Mesh],
+        run: decisions::audit_lets_in_and_tells,
     },
 ];
 
@@ -123,27 +153,88 @@ fn deny_refuses_everybody_but_the_hosts_probe() -> Result<()> {
 
 fn a_change_closes_what_it_forbids_within_a_second() -> Result<()> {
     let mut ground = Ground::new()?;
+    let _servers =
+        [&ground.beside, &ground.far].map(|pod| Server::start(pod.netns(), PORT, Habit::Echo));
+    ground.mesh()?;
+    let ways = |ground: &Ground| -> Vec<(&'static str, Pod, SocketAddr)> {
+        let (near, plain) = (&ground.near, &ground.plain);
+        vec![
+            ("by tunnel", near.clone(), ground.far.at(PORT)),
+            ("by tunnel", near.clone(), ground.far.at6(PORT)),
+            ("on one node", near.clone(), ground.beside.at(PORT)),
+            (
+                "plainly, from node to node",
+                plain.clone(),
+                ground.far.at(PORT),
+            ),
+            (
+                "plainly, on one node",
+                plain.clone(),
+                ground.beside.at6(PORT),
+            ),
+        ]
+    };
+    // What changes, and whom it leaves alone.
+    let far = manifest::server("mesh", "far", &[("app", "far")], PORT, Some("deny"));
+    let beside = manifest::server("mesh", "beside", &[("app", "beside")], PORT, Some("deny"));
+    let mut open = Vec::new();
+    for (how, from, to) in ways(&ground) {
+        let stream = connected(&from, to).with_context(|| format!("{how}: {to}"))?;
+        open.push((how, to, stream));
+    }
+
+    ground.world.manifests().apply(&far)?;
+    ground.world.manifests().apply(&beside)?;
+    let changed = Instant::now();
+    for (how, to, stream) in &mut open {
+        let end = client::read_to_end(stream, PATIENCE)?;
+        let took = changed.elapsed();
+        ensure!(
+            matches!(end, End::Reset { .. }),
+            "{how} to {to}: after {took:?} it is told {end:?}"
+        );
+        ensure!(
+            took < Duration::from_secs(1),
+            "{how} to {to}: it was closed after {took:?}"
+        );
+    }
+    for (how, from, to) in ways(&ground) {
+        ensure!(!served(&from, to), "{how}: a new connection is let in");
+    }
+    for object in [&far, &beside] {
+        ground.world.manifests().delete(object)?;
+    }
+    wait::until("all are served again", PATIENCE, || {
+        ways(&ground).iter().all(|(_, from, to)| served(from, *to))
+    })
+}
+
+fn a_change_leaves_what_it_still_allows() -> Result<()> {
+    let mut ground = Ground::new()?;
     let _server = Server::start(ground.far.netns(), PORT, Habit::Echo)?;
     ground.mesh()?;
     let to = ground.far.at(PORT);
-    let mut stream = ground.near.run(|| client::connect(to, PATIENCE))?;
+    let mut allowed = connected(&ground.near, to)?;
+    let mut forbidden = connected(&ground.beside, to)?;
+
+    let server = manifest::server("mesh", "far", &[("app", "far")], PORT, Some("deny"));
+    let near_alone = serde_json::json!({"meshTLS": {"serviceAccounts": [{"name": "near"}]}});
+    let grant = manifest::server_authorization("mesh", "far", "far", near_alone);
+    ground
+        .world
+        .manifests()
+        .write("far.yaml", &[server, grant])?;
+
+    let end = client::read_to_end(&mut forbidden, PATIENCE)?;
+    ensure!(
+        matches!(end, End::Reset { .. }),
+        "what is forbidden now is told {end:?}"
+    );
+    client::ping(&mut allowed, b"still").context("what is allowed as before")
+}
+
+fn connected(from: &Pod, to: SocketAddr) -> Result<TcpStream> {
+    let mut stream = from.run(|| client::connect(to, PATIENCE))?;
     client::ping(&mut stream, b"open")?;
-    let rule = manifest::server("mesh", "far", &[("app", "far")], PORT, Some("deny"));
-    ground.world.manifests().apply(&rule)?;
-    let changed = Instant::now();
-    let end = client::read_to_end(&mut stream, PATIENCE)?;
-    let took = changed.elapsed();
-    ensure!(
-        matches!(end, End::Reset { .. } | End::Closed { .. }),
-        "the connection is still open after {took:?}"
-    );
-    ensure!(
-        took < Duration::from_secs(1),
-        "it was closed after {took:?}"
-    );
-    ensure!(!served(&ground.near, to), "a new connection is let in");
-    ground.world.manifests().delete(&rule)?;
-    wait::until("near is served again", PATIENCE, || {
-        served(&ground.near, to)
-    })
+    Ok(stream)
 }

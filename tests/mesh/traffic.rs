@@ -18,7 +18,7 @@ use picomesh_tests::{
 };
 
 use crate::{
-    ground::{Ground, PATIENCE, PORT, as_without_the_mesh},
+    ground::{Ground, PATIENCE, PORT, as_without_the_mesh, told},
     harness::{Need, Test},
 };
 
@@ -209,8 +209,14 @@ fn a_large_download_is_whole() -> Result<()> {
     let control = sum(&ground.near, &download).context("control, without the mesh")?;
     ensure!(control == expected, "control: {control} is not {expected}");
     ground.mesh()?;
+    let mutual = [("direction", "outbound"), ("tls", "true")];
+    let before = ground.opened(0, &mutual)?;
     let meshed = sum(&ground.near, &download).context("through the mesh")?;
     ensure!(meshed == expected, "{meshed} is not {expected}");
+    ensure!(
+        ground.opened(0, &mutual)? > before,
+        "the download went past the mesh"
+    );
     Ok(())
 }
 
@@ -410,18 +416,7 @@ fn a_server_that_reads_nothing_costs_bounded_memory() -> Result<()> {
 fn a_closed_port_is_refused() -> Result<()> {
     let mut ground = Ground::new()?;
     let to = ground.far.at(PORT);
-    let outcome = |pod: &Pod| {
-        pod.run(|| -> Result<End> {
-            // The connection may be taken before the far end is known; then it is reset.
-            match client::connect(to, PATIENCE) {
-                Err(e) if e.kind() == std::io::ErrorKind::ConnectionRefused => {
-                    Ok(End::Reset { read: 0 })
-                }
-                Err(e) => Err(e.into()),
-                Ok(mut stream) => Ok(client::read_to_end(&mut stream, PATIENCE)?),
-            }
-        })
-    };
+    let outcome = |pod: &Pod| pod.run(|| told(to));
     let control = outcome(&ground.near).context("control, without the mesh")?;
     ensure!(control == End::Reset { read: 0 }, "control: {control:?}");
     ground.mesh()?;

@@ -6,11 +6,14 @@
 //!
 //! Read [`world`] first; [`netns`], [`process`] and [`reaper`] are what it stands on,
 //! [`manifest`] and [`agent`] what runs the mesh, [`client`], [`server`] and [`program`] what
-//! talks through it, [`capture`] and [`raw`] what looks at and forges the wire.
+//! talks through it, [`load`] what goes on meanwhile, [`capture`], [`hooks`] and [`raw`] what looks
+//! at the wire and the kernel and forges frames.
 pub mod agent;
 pub mod capture;
 pub mod client;
 pub mod frames;
+pub mod hooks;
+pub mod load;
 pub mod manifest;
 pub mod metrics;
 pub mod netns;

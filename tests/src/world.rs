@@ -404,10 +404,15 @@ impl World {
     /// Starts the agents of all nodes and waits until they are ready and every meshed pod among
     /// `pods` is captured.
     pub fn start_mesh(&self, pods: &[&Pod]) -> Result<Vec<Agent>> {
+        self.start_mesh_with(pods, &AgentOptions::default())
+    }
+
+    /// The same with options of the test's own.
+    pub fn start_mesh_with(&self, pods: &[&Pod], options: &AgentOptions) -> Result<Vec<Agent>> {
         let agents = self
             .nodes()
             .iter()
-            .map(|node| self.start_agent_with(node, &AgentOptions::default()))
+            .map(|node| self.start_agent_with(node, options))
             .collect::<Result<Vec<_>>>()?;
         for agent in &agents {
             agent.wait_ready(Duration::from_secs(20))?;

@@ -1,0 +1,136 @@
+//! Traffic that goes on while something else happens, and a tally of how it fared.
+
+use std::{
+    io::Read,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Result, anyhow, ensure};
+
+use crate::{Pod, client, wait};
+
+/// One client that works until it is told to stop. Dropping it stops it too.
+#[derive(Debug)]
+pub struct Load {
+    stop: Arc<AtomicBool>,
+    rounds: Arc<AtomicU64>,
+    thread: Option<JoinHandle<Tally>>,
+}
+
+#[derive(Clone, Debug, Default)]
+pub struct Tally {
+    pub rounds: u64,
+    /// What went wrong, in words, with the round's number.
+    pub failures: Vec<String>,
+    pub longest: Duration,
+}
+
+/// After as many the point is made.
+const MANY_FAILURES: usize = 20;
+const PATIENCE: Duration = Duration::from_secs(10);
+
+impl Load {
+    /// A new connection to an echo server every few milliseconds.
+    pub fn of_connections(from: &Pod, to: SocketAddr) -> Result<Self> {
+        Self::start(from, move |_| {
+            let answer = client::exchange(to, b"a short word", PATIENCE)?;
+            ensure!(answer == b"a short word", "the echo is {answer:?}");
+            Ok(())
+        })
+    }
+
+    /// One connection to an echo server, opened before this returns, on which words go to and fro.
+    pub fn on_one_connection(from: &Pod, to: SocketAddr) -> Result<Self> {
+        let mut stream = from.run(|| client::connect(to, PATIENCE))?;
+        client::ping(&mut stream, b"first words")?;
+        Self::start(from, move |round| {
+            client::ping(&mut stream, &round.to_be_bytes())?;
+            Ok(())
+        })
+    }
+
+    /// A download from [`crate::server::Habit::Source`] at a few MB a second, opened before this
+    /// returns; every byte is looked at.
+    pub fn download(from: &Pod, to: SocketAddr) -> Result<Self> {
+        let mut stream = from.run(|| client::connect(to, PATIENCE))?;
+        let mut chunk = vec![0; 16 * 1024];
+        Self::start(from, move |_| {
+            stream.read_exact(&mut chunk)?;
+            ensure!(
+                chunk.iter().all(|byte| *byte == 0x5a),
+                "a byte is not the server's"
+            );
+            Ok(())
+        })
+    }
+
+    fn start(
+        from: &Pod,
+        mut round: impl FnMut(u64) -> Result<()> + Send + 'static,
+    ) -> Result<Self> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let rounds = Arc::new(AtomicU64::new(0));
+        let (stopped, counted) = (stop.clone(), rounds.clone());
+        let thread = from.netns().spawn("load", move || {
+            let mut tally = Tally::default();
+            while !stopped.load(Ordering::Relaxed) && tally.failures.len() < MANY_FAILURES {
+                let start = Instant::now();
+                if let Err(e) = round(tally.rounds) {
+                    tally.failures.push(format!("{}: {e:#}", tally.rounds));
+                }
+                tally.longest = tally.longest.max(start.elapsed());
+                tally.rounds += 1;
+                counted.store(tally.rounds, Ordering::Relaxed);
+                thread::sleep(Duration::from_millis(4));
+            }
+            tally
+        })?;
+        Ok(Self {
+            stop,
+            rounds,
+            thread: Some(thread),
+        })
+    }
+
+    /// Waits for this many more rounds: what was changed before has been met by traffic.
+    pub fn wait_rounds(&self, more: u64) -> Result<()> {
+        let until = self.rounds.load(Ordering::Relaxed) + more;
+        wait::until("the load goes on", PATIENCE, || {
+            self.rounds.load(Ordering::Relaxed) >= until
+        })
+    }
+
+    pub fn stop(mut self) -> Result<Tally> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread
+            .take()
+            .ok_or_else(|| anyhow!("the load was stopped already"))?
+            .join()
+            .map_err(|_| anyhow!("the load panicked"))
+    }
+
+    /// Stops it; one failure is an error.
+    pub fn stop_unharmed(self) -> Result<Tally> {
+        let tally = self.stop()?;
+        ensure!(
+            tally.failures.is_empty(),
+            "of {} rounds failed: {}",
+            tally.rounds,
+            tally.failures.join("; ")
+        );
+        ensure!(tally.rounds > 0, "the load did nothing");
+        Ok(tally)
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
