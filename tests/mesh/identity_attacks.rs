@@ -550,7 +550,9 @@ fn a_node_with_anothers_certificate_is_not_believed() -> Result<()> {
             ensure!(impostor.callers() > 0, "the impostor was not even called");
             ensure!(impostor.requests() == 0, "the impostor was believed");
             agent.wait_metric(name, &handshakes, PATIENCE, |now| now > before)?;
-            agent.wait_metric("outbound_tcp_errors_total", &[], PATIENCE, |now| now > failed)?;
+            agent.wait_metric("outbound_tcp_errors_total", &[], PATIENCE, |now| {
+                now > failed
+            })?;
             agent.wait_log(&["tunnel_identity", words], PATIENCE)?;
             Ok(())
         };

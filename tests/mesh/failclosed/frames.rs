@@ -62,7 +62,8 @@ pub(super) fn frames_of_any_shape_reach_no_strict_pod() -> Result<()> {
     }
     ground.mesh()?;
     for (number, case) in cases().iter().enumerate() {
-        attack(&ground, &forger, &server, case, 21_000 + number as u16).with_context(|| format!("with the mesh: {case}"))?;
+        attack(&ground, &forger, &server, case, 21_000 + number as u16)
+            .with_context(|| format!("with the mesh: {case}"))?;
     }
     Ok(())
 }
