@@ -45,7 +45,7 @@ const ONLY_IN: &[(&str, &[&str])] = &[
     ("rcgen::", &["identity", "testing"]),
     ("h2::", &["proxy"]),
     ("prometheus::", &["metrics"]),
-    ("unsafe {", &["datapath", "proxy", "bin"]),
+    ("unsafe {", &["datapath", "proxy", "allocator"]),
 ];
 
 /// What `state` must not have: no async, no IO, no clock. The store publishes, and may wake.

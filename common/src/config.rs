@@ -25,7 +25,7 @@ pub const MESH1_MAC: [u8; 6] = [0x02, 0x70, 0x6d, 0x00, 0x00, 0x02];
 pub const RULE_PRIORITY: u32 = 1;
 pub const ROUTE_TABLE: u32 = 15001;
 
-/// Where agents take each other's tunnels: on a node, and on the addresses of each enrolled pod.
+/// The port of tunnels, of nodes and of pods.
 pub const TUNNEL_PORT: u16 = 15008;
 
 /// Direction of a capture, as used in [`listener_index`].

@@ -3,8 +3,7 @@
 //! A SYN to a captured port goes to the inbound listener, whoever owns its tuple (rule 7): a
 //! connection in TIME_WAIT would otherwise hand it to the application's listener. Two exceptions:
 //! the SYN of a host's socket that is dialling at this moment (rule 9), and a port on which nobody
-//! listens, where the kernel's own refusal is the right answer (rule 10). On the tunnels' port the
-//! mesh itself listens for every pod.
+//! listens, where the kernel's own refusal is the right answer (rule 10).
 //!
 //! Every other packet needs an owner, or the ACK to a SYN cookie would reach an application's
 //! listener. A socket of ours passes. An application's socket passes only if it is a probe's or
@@ -81,10 +80,9 @@ fn open(ctx: &TcContext, pod: &PodConfig, segment: &Segment, tuple: &Tuple) -> V
     if pod.flags & PodConfig::LEAVING != 0 {
         return Verdict::Pass;
     }
-    if rule(rule::NATURAL_REFUSAL)
-        && segment.destination_port != TUNNEL_PORT.to_be_bytes()
-        && !somebody_listens(ctx, tuple, segment.family)
-    {
+    // A tunnel to the pod's own address is for us; no application listens there.
+    let tunnel = segment.destination_port == TUNNEL_PORT.to_be_bytes();
+    if rule(rule::NATURAL_REFUSAL) && !tunnel && !somebody_listens(ctx, tuple, segment.family) {
         return Verdict::PassCounted(Counter::RefusedByKernel);
     }
     if !rule(rule::SYN_TO_LISTENER) && owner_of(ctx, tuple, segment.family) != Owner::Nobody {

@@ -531,14 +531,14 @@ fn a_node_with_anothers_certificate_is_not_believed() -> Result<()> {
     let wrong = authority.identify(&[&other.spiffe_id()])?;
     let foreign = Authority::foreign(DistinguishedName::new())?.identify(&[&far.spiffe_id()])?;
     let both = authority.identify(&[&far.spiffe_id(), &other.spiffe_id()])?;
-    for (what, credentials, result) in [
-        ("another identity", &wrong, "wrong_identity"),
-        ("a foreign CA", &foreign, "foreign_ca"),
-        ("two URI names", &both, "not_one_uri"),
+    for (what, credentials, words) in [
+        ("another identity", &wrong, "WrongIdentity"),
+        ("a foreign CA", &foreign, "UnknownIssuer"),
+        ("two URI names", &both, "NotOneUri(2)"),
     ] {
         let attempt = || -> Result<()> {
             let impostor = Impostor::start(node.netns(), at, credentials)?;
-            let handshakes = [("side", "client"), ("result", result)];
+            let handshakes = [("side", "client"), ("result", "tunnel_identity")];
             let name = "picomesh_handshakes_total";
             let before = agent.metrics()?.sum(name, &handshakes);
             let failed = agent.metrics()?.sum("outbound_tcp_errors_total", &[]);
@@ -553,7 +553,7 @@ fn a_node_with_anothers_certificate_is_not_believed() -> Result<()> {
             agent.wait_metric("outbound_tcp_errors_total", &[], PATIENCE, |now| {
                 now > failed
             })?;
-            agent.wait_log(&["tunnel_identity"], PATIENCE)?;
+            agent.wait_log(&["tunnel_identity", words], PATIENCE)?;
             Ok(())
         };
         attempt().with_context(|| format!("an impostor with {what}"))?;

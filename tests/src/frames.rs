@@ -35,6 +35,9 @@ pub enum Shape {
     Vlan0(usize),
 }
 
+/// Without options.
+const TCP_HEADER: usize = 20;
+
 /// Number of IPv6's hop-by-hop options header.
 pub const HOP_BY_HOP: u8 = 0;
 /// Number of IPv6's destination options header.
@@ -48,6 +51,13 @@ impl Shape {
             Self::Plain => vec![segment.frame(from, to)?],
             Self::IpOptions => vec![segment.ip_options(&[1, 1, 1, 1]).frame(from, to)?],
             Self::Fragments { first, swapped } => {
+                let segment = if TCP_HEADER + segment.payload.len() <= *first {
+                    // Something must be left for the second one. A listener takes no data with a
+                    // SYN, but it takes the SYN.
+                    segment.payload(&[0; 40])
+                } else {
+                    segment
+                };
                 let mut frames = segment.fragments(from, to, *first)?;
                 if *swapped {
                     frames.reverse();
@@ -138,9 +148,12 @@ impl Forger {
             return Ok(heard);
         };
         heard.answered = true;
-        let next = |flags| Segment::new(from, to, flags).seq(sequence + 1).ack(theirs);
-        self.send(shape, &next(ACK))?;
-        self.send(shape, &next(ACK | PSH).payload(payload))?;
+        // The first data completes the handshake too.
+        let next = Segment::new(from, to, ACK | PSH)
+            .seq(sequence + 1)
+            .ack(theirs)
+            .payload(payload);
+        self.send(shape, &next)?;
         self.listen(from, to, |packet| {
             heard.reset |= packet.flags & RST != 0;
             // What is sent again is heard once.
@@ -200,6 +213,7 @@ mod tests {
             (&v4, Shape::IpOptions, 1, 4),
             (&v4, fragments(16, false), 2, 34),
             (&v6, fragments(8, true), 2, 54 + 16),
+            (&v6, fragments(24, false), 2, 54 + 16 + 40),
             (&v6, Shape::Extensions(vec![DESTINATION_OPTIONS; 3]), 1, 24),
             (&v4, Shape::Vlan0(2), 1, 8),
         ] {

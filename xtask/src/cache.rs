@@ -24,7 +24,7 @@ pub(crate) const BPF_LINKER: Tool = Tool {
     name: "bpf-linker",
     version: "0.13.0",
     flavour: "llvm22",
-    args: &["--no-default-features", "--features", "llvm-22"],
+    args: &["--locked", "--no-default-features", "--features", "llvm-22"],
     env: &[("LLVM_PREFIX", "/usr/lib/llvm-22")],
 };
 

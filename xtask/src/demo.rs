@@ -60,7 +60,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     } else {
         step("compiling the kernel half", || ebpf::build().map(drop))?;
         step("compiling the agent (minutes, the first time)", || {
-            shell::run(test::agent_build(false).arg("--quiet"))
+            shell::run(test::agent_build().arg("--quiet"))
         })?;
         test::agent_binary()
     };

@@ -140,18 +140,15 @@ fn prepare_kernel_tiers(tier: Tier) -> Result<()> {
     needs::ensure(&[Purpose::World])?;
     crate::ebpf::build()?;
     if tier == Tier::Mesh {
-        shell::run(&mut agent_build(false))?;
+        shell::run(&mut agent_build())?;
     }
     Ok(())
 }
 
-/// Builds the agent in release; with `testing` it takes rules out on request.
-pub(crate) fn agent_build(testing: bool) -> Command {
+/// Builds the agent as it ships.
+pub(crate) fn agent_build() -> Command {
     let mut command = shell::cargo();
     command.args(["build", "--release", "-p", "picomesh-agent"]);
-    if testing {
-        command.args(["--features", "testing"]);
-    }
     command
 }
 

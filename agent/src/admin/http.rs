@@ -194,7 +194,7 @@ async fn metrics(shown: &Shown, encoding: &Semaphore) -> Response<Full<Bytes>> {
             let mut response = text(StatusCode::OK, body);
             response.headers_mut().insert(
                 CONTENT_TYPE,
-                HeaderValue::from_static(prometheus::TEXT_FORMAT),
+                HeaderValue::from_static(crate::metrics::TEXT_FORMAT),
             );
             return response;
         }

@@ -226,7 +226,6 @@ fn sort(sockets: HashSet<TcpSocket>, our_mark: u32) -> Connections {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
     use std::net::{TcpListener, TcpStream};
 

@@ -353,7 +353,6 @@ pub(super) fn is_no_ipv6(error: &io::Error) -> bool {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
     use super::*;
 

@@ -123,7 +123,6 @@ fn must_be(field: &'static str, value: String, must: &'static str) -> Result<(),
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
     use proptest::prelude::*;
     use rcgen::PublicKeyData;

@@ -1,6 +1,5 @@
 //! What this room's tests share: an authority in memory, a signer that misbehaves on command, and
 //! real handshakes over a stream in memory.
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::{
     future::Future,

@@ -29,6 +29,8 @@ use parking_lot::Mutex;
 use crate::state::{Identity, ObjectKey, PodUid, Workload, policy::PolicyRef};
 
 pub use expose::{Family, Kind, Sample};
+/// Content type of what [`Metrics::encode`] writes.
+pub use prometheus::TEXT_FORMAT;
 
 use labels::{FlowKey, Peer};
 use series::{Budget, CountCell, DurationCell, Series, Table, TcpCell};

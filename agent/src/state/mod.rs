@@ -21,9 +21,11 @@ pub mod objects;
 pub mod policy;
 pub mod resolve;
 mod servers;
+mod store;
 
-pub use mesh::{Mesh, MeshStore, Problem, Workload};
+pub use mesh::{Mesh, Problem, Workload};
 pub use names::{Identity, ObjectKey, PodUid};
+pub use store::MeshStore;
 
 #[cfg(test)]
 mod tests;

@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use picomesh::datapath::{Datapath, PodSockets};
+use picomesh::datapath::Datapath;
 
 use super::{
     Test,

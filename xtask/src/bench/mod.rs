@@ -152,7 +152,7 @@ fn agent() -> Result<PathBuf> {
         return Ok(named);
     }
     ebpf::build()?;
-    shell::run(&mut test::agent_build(false))?;
+    shell::run(&mut test::agent_build())?;
     Ok(test::agent_binary())
 }
 

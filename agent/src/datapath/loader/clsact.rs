@@ -141,10 +141,6 @@ fn cut_short() -> io::Error {
 
 #[cfg(test)]
 mod tests {
-    #![expect(
-        clippy::unwrap_used,
-        reason = "a test may stop at what it did not expect"
-    )]
 
     use super::*;
 

@@ -159,10 +159,6 @@ pub(super) fn make_dir(dir: &Path) -> Result<(), LoaderError> {
 
 #[cfg(test)]
 mod tests {
-    #![expect(
-        clippy::unwrap_used,
-        reason = "a test may stop at what it did not expect"
-    )]
 
     use super::*;
 

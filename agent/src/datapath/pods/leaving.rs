@@ -236,7 +236,6 @@ fn close<'a>(connections: impl Iterator<Item = &'a (SocketAddr, SocketAddr)>) {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
     use super::*;
 

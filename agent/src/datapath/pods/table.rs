@@ -302,7 +302,6 @@ fn backoff(times: u32) -> Duration {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
     use picomesh_common::PodConfig;
 

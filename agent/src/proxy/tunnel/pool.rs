@@ -424,7 +424,7 @@ impl Attempt {
                 reason: Reason::NoCertificate,
                 detail: error.to_string().into(),
             })?;
-        let mut last = None;
+        let mut last: Option<Failure> = None;
         for remote in &self.to {
             match self.open_to(thread, *remote, &config).await {
                 Ok((sender, connection)) => {
@@ -444,7 +444,12 @@ impl Attempt {
                     });
                     return Ok((tunnel, connection));
                 }
-                Err(failure) => last = Some(failure),
+                // That nobody is at one address must not hide an impostor at another.
+                Err(failure) => {
+                    if !matches!(&last, Some(worse) if worse.reason == Reason::TunnelIdentity) {
+                        last = Some(failure);
+                    }
+                }
             }
         }
         Err(last.unwrap_or(Failure {
