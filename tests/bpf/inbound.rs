@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use picomesh_common::{
     Counter, PodConfig, PortRange, StandingKey, Tuple,
-    config::{MESH1_MAC, owner},
+    config::{MESH1_MAC, TUNNEL_PORT, owner},
 };
 
 use crate::{
@@ -32,6 +32,10 @@ pub(crate) const TESTS: &[Test] = &[
     (
         "a_port_nobody_listens_on_is_refused_by_the_kernel",
         natural_refusal,
+    ),
+    (
+        "on_the_tunnels_port_our_listener_answers_for_every_pod",
+        tunnels_port,
     ),
     (
         "without_a_listener_the_syn_waits_and_is_not_refused",
@@ -124,6 +128,15 @@ fn natural_refusal(setup: &Setup) -> Result<()> {
         "{:?}",
         topology.nonzero()?
     );
+    Ok(())
+}
+
+fn tunnels_port(setup: &Setup) -> Result<()> {
+    let (topology, listeners) = Topology::with_listeners(setup)?;
+    for family in FAMILIES {
+        let _peer = dial(&topology.client, SocketAddr::new(family.pod, TUNNEL_PORT))?;
+        accept(&listeners.inbound[family.index as usize])?;
+    }
     Ok(())
 }
 

@@ -86,6 +86,17 @@ impl Ground {
             .with_context(|| format!("no agent runs on node {node}"))
     }
 
+    /// What the agents said last, for a person who looks for the cause of a failure.
+    pub(crate) fn logs(&self) -> String {
+        self.agents
+            .iter()
+            .map(|agent| {
+                let words = agent.process().last_words(15);
+                format!("\n{}:\n{words}", agent.node().name())
+            })
+            .collect()
+    }
+
     /// The Service of one pod.
     pub(crate) fn service(&self, pod: &str) -> Result<&Service> {
         self.services

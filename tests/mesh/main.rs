@@ -11,6 +11,8 @@ mod lifecycle;
 mod policy;
 mod scale;
 mod services;
+mod settings;
+mod shown;
 mod traffic;
 mod world;
 
@@ -26,6 +28,8 @@ fn main() -> ExitCode {
             identity_attacks::TESTS,
             lifecycle::TESTS,
             services::TESTS,
+            settings::TESTS,
+            shown::TESTS,
             scale::TESTS,
         ]
         .concat(),

@@ -50,7 +50,7 @@ pub use reason::Reason;
 pub use tunnel::TunnelStatus;
 
 /// The port of tunnels, of nodes and (ztunnel's way) of pods.
-pub const TUNNEL_PORT: u16 = 15008;
+pub use picomesh_common::config::TUNNEL_PORT;
 
 /// Commands that wait for one data thread.
 const COMMANDS: usize = 256;

@@ -20,7 +20,7 @@ use std::{
 use super::{Mesh, ObjectKey, Workload, objects::OutboundDefault};
 
 /// The port of every node's agent for tunnels from other agents.
-pub const TUNNEL_PORT: u16 = 15008;
+pub use picomesh_common::config::TUNNEL_PORT;
 
 /// What stands at a frontend's (address, port).
 #[derive(Debug)]

@@ -40,14 +40,17 @@ pub(super) fn a_namespace_leaves_and_joins_and_no_standing_connection_is_harmed(
 
     // Out, while connections stand that are the mesh's.
     let meshed = standing(&ground)?;
-    let before = ground.opened(0, &through_the_mesh)?;
+    let carried = || -> Result<bool> {
+        let before = ground.opened(0, &through_the_mesh)?;
+        let to = ground.far.at(PORT);
+        ensure!(served(&ground.near, to), "near is not served");
+        Ok(ground.opened(0, &through_the_mesh)? > before)
+    };
+    ensure!(carried()?, "control: the mesh does not carry connections");
     label_namespace(&ground.world, "disabled")?;
-    wait::until("new connections pass the mesh by", PATIENCE, || {
-        ground
-            .opened(0, &through_the_mesh)
-            .is_ok_and(|opened| !moves(&ground, opened))
-    })
-    .with_context(|| format!("{before} were open before"))?;
+    wait::for_value("new connections pass the mesh by", PATIENCE, || {
+        Ok((!carried()?).then_some(()))
+    })?;
     go_on(&meshed)?;
     for load in meshed {
         load.stop_unharmed()
@@ -68,13 +71,8 @@ pub(super) fn a_namespace_leaves_and_joins_and_no_standing_connection_is_harmed(
     for pod in pods {
         agent_of(&ground, pod)?.wait_captured(pod, PATIENCE)?;
     }
-    let before = ground.opened(0, &through_the_mesh)?;
     ensure!(
-        served(&ground.near, ground.far.at(PORT)),
-        "after joining near is not served"
-    );
-    ensure!(
-        ground.opened(0, &through_the_mesh)? > before,
+        carried()?,
         "after joining a new connection goes past the mesh"
     );
     go_on(&plain)?;
@@ -83,14 +81,6 @@ pub(super) fn a_namespace_leaves_and_joins_and_no_standing_connection_is_harmed(
             .context("a connection that stood while its pods joined")?;
     }
     Ok(())
-}
-
-/// Whether one more connection from near to far is counted beyond `opened`.
-fn moves(ground: &Ground, opened: f64) -> bool {
-    served(&ground.near, ground.far.at(PORT))
-        && ground
-            .opened(0, &[("direction", "outbound"), ("dst_deployment", "far")])
-            .is_ok_and(|now| now > opened)
 }
 
 pub(super) fn linkerds_and_istios_words_opt_in_and_out_too() -> Result<()> {
