@@ -34,7 +34,7 @@ use std::{
 };
 
 use aya::{
-    Ebpf, EbpfError, EbpfLoader,
+    EbpfError, EbpfLoader,
     maps::MapError,
     pin::PinError,
     programs::{ProgramError, links::LinkError},
@@ -63,7 +63,7 @@ pub const L2_NONE: u32 = 0;
 const TCX_SINCE: KernelVersion = KernelVersion::new(6, 6, 0);
 
 /// Constants of the programs are borrowed by aya's loader for as long as it lives, and the loader
-/// is kept because making one parses the kernel's whole BTF.
+/// is kept because making one parses the kernel's whole BTF, only to throw it away.
 static SLOTS: [u32; MAX_PODS as usize] = {
     let mut slots = [0; MAX_PODS as usize];
     let mut i = 0;
@@ -175,10 +175,8 @@ pub struct Loader {
     bytes: &'static [u8],
     kernel_has_tcx: bool,
     maps: SharedMaps,
-    /// Parsing the kernel's BTF is most of the cost of a loader, so one serves every pod.
+    /// One for all pods; see [`SLOTS`].
     aya: Mutex<EbpfLoader<'static>>,
-    /// The instance that made or opened the maps; it runs the program of the host's sockets.
-    host: Mutex<Ebpf>,
 }
 
 impl Loader {
@@ -197,6 +195,8 @@ impl Loader {
         }
 
         let mut aya = EbpfLoader::new();
+        // Nothing of ours is relocated by the kernel's types (rule 15), and parsed they are 12 MB.
+        aya.btf(None);
         for (name, pin) in maps::pins(&root.join("maps")) {
             aya.map_pin_path(name, pin);
         }
@@ -211,8 +211,7 @@ impl Loader {
             .override_global(constant::CAPTURE_MARK, &marks[1], true)
             .override_global(constant::RULES, &marks[2], true)
             .override_global(constant::NODE_NETNS, cookie, true);
-        let mut host = aya.load(bytes)?;
-        let maps = SharedMaps::take(&mut host)?;
+        let maps = SharedMaps::take(&mut aya.load(bytes)?)?;
 
         let kernel_has_tcx = KernelVersion::current().is_ok_and(|running| running >= TCX_SINCE);
         Ok(Self {
@@ -222,7 +221,6 @@ impl Loader {
             kernel_has_tcx,
             maps,
             aya: Mutex::new(aya),
-            host: Mutex::new(host),
         })
     }
 

@@ -12,7 +12,10 @@ use k8s_openapi::{
     api::{core::v1 as core, discovery::v1 as discovery},
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
-use serde::{Deserialize, de::DeserializeOwned};
+use serde::{
+    Deserialize,
+    de::{DeserializeOwned, Error as _},
+};
 use serde_json::Value;
 use serde_saphyr::Spanned;
 
@@ -238,21 +241,23 @@ fn read_object(
     };
     match (api_version, kind) {
         ("v1", "Node") => loaded(Object::Node(
-            converter.node(part.typed(head)?).map_err(misfit)?,
+            converter.node(part.kubernetes(head)?).map_err(misfit)?,
         )),
         ("v1", "Namespace") => loaded(Object::Namespace(
-            converter.namespace(part.typed(head)?).map_err(misfit)?,
+            converter
+                .namespace(part.kubernetes(head)?)
+                .map_err(misfit)?,
         )),
         ("v1", "ServiceAccount") => loaded(Object::ServiceAccount(
             converter
-                .service_account(part.typed(head)?)
+                .service_account(part.kubernetes(head)?)
                 .map_err(misfit)?,
         )),
         ("v1", "Service") => loaded(Object::Service(
-            converter.service(part.typed(head)?).map_err(misfit)?,
+            converter.service(part.kubernetes(head)?).map_err(misfit)?,
         )),
         ("v1", "Pod") => {
-            let mut pod: core::Pod = part.typed(head)?;
+            let mut pod: core::Pod = part.kubernetes(head)?;
             let netns = complete(&mut pod, converter).map_err(misfit)?;
             let object = Object::Pod(converter.pod(pod).map_err(misfit)?);
             let line = part.first_content_line();
@@ -263,7 +268,7 @@ fn read_object(
             })))
         }
         ("discovery.k8s.io/v1", "EndpointSlice") => {
-            let slice: discovery::EndpointSlice = part.typed(head)?;
+            let slice: discovery::EndpointSlice = part.kubernetes(head)?;
             match converter.endpoint_slice(slice).map_err(misfit)? {
                 Some(slice) => loaded(Object::EndpointSlice(slice)),
                 None => ignored(),
@@ -385,15 +390,30 @@ impl Converter {
 }
 
 impl Part<'_> {
+    /// As one of our own kinds.
     fn typed<T: DeserializeOwned>(&self, head: &Head) -> Result<T, Wrong> {
         parse(self.text).map_err(|error| self.wrong(head.name(), error))
     }
 
+    /// As one of Kubernetes' kinds.
+    fn kubernetes<T: DeserializeOwned>(&self, head: &Head) -> Result<T, Wrong> {
+        parse_kubernetes(self.text).map_err(|fault| {
+            let line = fault
+                .path
+                .and_then(|path| locate::line_of(self.text, &path));
+            let line = line.or(fault.error.location().map(|location| location.line()));
+            self.wrong_at(line.unwrap_or(1), head.name(), &fault.error)
+        })
+    }
+
     /// The parser stumbled.
     fn wrong(&self, object: Option<String>, error: serde_saphyr::Error) -> Wrong {
-        let location = error.location();
-        let line = location.map_or(1, |location| location.line());
-        let message = message_of(&error);
+        let line = error.location().map_or(1, |location| location.line());
+        self.wrong_at(line, object, &error)
+    }
+
+    fn wrong_at(&self, line: u64, object: Option<String>, error: &serde_saphyr::Error) -> Wrong {
+        let message = message_of(error);
         let text = self
             .text
             .lines()
@@ -443,6 +463,32 @@ impl Head {
 
 fn parse<T: DeserializeOwned>(text: &str) -> Result<T, serde_saphyr::Error> {
     serde_saphyr::from_str_with_options(text, serde_saphyr::options! { with_snippet: false })
+}
+
+/// [`parse`] for Kubernetes' own types, through an erased deserializer: otherwise the compiler makes
+/// a parser for every type that a Pod can contain, megabytes of code that every node would hold in
+/// memory. The erasure loses the parser's line; the path to the value finds it again.
+fn parse_kubernetes<T: DeserializeOwned>(text: &str) -> Result<T, FieldFault> {
+    let options = serde_saphyr::options! { with_snippet: false };
+    let mut fault = None;
+    let parsed =
+        serde_saphyr::with_deserializer_from_str_with_options(text, options, |deserializer| {
+            let mut erased = <dyn erased_serde::Deserializer<'_>>::erase(deserializer);
+            let erased: &mut dyn erased_serde::Deserializer<'_> = &mut erased;
+            serde_path_to_error::deserialize(erased).map_err(|error| {
+                let path = error.path().to_string();
+                let message = error.into_inner().to_string();
+                fault = Some(path);
+                serde_saphyr::Error::custom(message)
+            })
+        });
+    parsed.map_err(|error| FieldFault { path: fault, error })
+}
+
+/// What does not fit, and the path to it if the parser got that far.
+struct FieldFault {
+    path: Option<String>,
+    error: serde_saphyr::Error,
 }
 
 /// The parser's own words, without its idea of the line: it counts from the document's beginning.

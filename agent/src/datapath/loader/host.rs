@@ -4,7 +4,7 @@
 
 use std::{fs, os::fd::AsFd, path::PathBuf};
 
-use aya::programs::{CgroupAttachMode, ProgramError, SockOps, links::FdLink};
+use aya::programs::{CgroupAttachMode, SockOps, links::FdLink};
 use picomesh_common::config::program;
 
 use super::{
@@ -30,7 +30,7 @@ impl Loader {
         if build.is_dir() && pinned_program(&pin)?.is_some_and(|id| attached.contains(&id)) {
             return Ok(());
         }
-        let mut host = self.host.lock();
+        let mut host = self.aya.lock().load(self.bytes)?;
         let sockops: &mut SockOps = host
             .program_mut(program::HOST_SOCKETS)
             .ok_or(LoaderError::ObjectLacks {
@@ -38,11 +38,7 @@ impl Loader {
                 name: program::HOST_SOCKETS,
             })?
             .try_into()?;
-        match load_patiently(|| sockops.load()) {
-            // A repair: this agent attached it before and somebody took it off.
-            Ok(()) | Err(ProgramError::AlreadyLoaded) => {}
-            Err(error) => return Err(error.into()),
-        }
+        load_patiently(|| sockops.load())?;
         if !replace(&pin, sockops.fd()?.as_fd(), &attached)? {
             // A cgroup link stands beside those of others, whatever the mode is called.
             let id = sockops
