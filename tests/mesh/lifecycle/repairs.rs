@@ -29,11 +29,14 @@ pub(super) fn what_a_container_undoes_is_put_back() -> Result<()> {
         beside.output("ip", &rule, PATIENCE)?.ok()?;
     }
     let pins = pins_of(&ground, second, far)?;
+    let before = Hooks::of(far.netns())?.steer;
     fs::remove_file(pins.join("steer")).context("remove the pin of sk_lookup")?;
-    ensure!(
-        Hooks::of(far.netns())?.steer.is_empty(),
-        "control: without its pin the program still steers"
-    );
+    // The kernel takes its time to let a link go that nobody holds any more.
+    wait::for_value(
+        "without its pin the program steers no more",
+        PATIENCE,
+        || Ok((Hooks::of(far.netns())?.steer != before).then_some(())),
+    )?;
 
     for (agent, pod) in [(first, near), (first, beside), (second, far)] {
         wait::for_value(&format!("{} is repaired", pod.name()), REPAIR, || {
