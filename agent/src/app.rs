@@ -53,6 +53,9 @@ pub use run_dir::{RunDir, RunDirError};
 
 /// Events of the datapath that wait for the data threads.
 const EVENTS: usize = 64;
+/// How often memory that is free is looked for.
+const TURN: Duration = Duration::from_secs(1);
+const TURN_AT_START: Duration = Duration::from_millis(100);
 /// For what has nothing to do with connections, once those have ended.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
@@ -254,6 +257,7 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
     tasks.push(tokio::spawn(socket.serve(answers, last_guard)));
 
     // From here on the mesh drives everything.
+    let changes = mesh.subscribe();
     tasks.push(tokio::spawn(follow_mesh(Follow {
         mesh,
         netns,
@@ -274,7 +278,7 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
         }
         drop(pods_tried);
     }));
-    tasks.push(tokio::spawn(wind_allocator()));
+    tasks.push(tokio::spawn(give_memory_back(readiness.clone(), changes)));
 
     let bound = Bound {
         metrics: metrics_address,
@@ -386,11 +390,19 @@ async fn await_certificates(identities: Identities, held: crate::readiness::Task
     }
 }
 
-async fn wind_allocator() {
-    let mut ticks = interval(Duration::from_secs(1));
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+/// A burst's memory goes back by the clock, that of the start and of changes when they are over.
+async fn give_memory_back(readiness: Readiness, mut changes: watch::Receiver<u64>) {
+    let (mut ready, mut settled) = (false, false);
     loop {
-        ticks.tick().await;
+        sleep(if ready { TURN } else { TURN_AT_START }).await;
+        ready = ready || readiness.pending().is_empty();
+        if changes.has_changed().is_ok_and(|changed| changed) {
+            changes.mark_unchanged();
+            settled = false;
+        } else if ready && !settled {
+            allocator::settle();
+            settled = true;
+        }
         allocator::give_back();
     }
 }

@@ -35,17 +35,17 @@ use super::{
 use crate::metrics::{Flow, Recorder};
 
 /// The most that one read takes.
-pub(super) const CHUNK: usize = 64 * 1024;
+pub(super) const CHUNK: usize = 128 * 1024;
 /// The scratch for tunnels is renewed when less than this is left of it.
 const LEAST_ROOM: usize = 16 * 1024;
 /// Size of the scratch for tunnels: many small messages share one allocation.
-const SCRATCH: usize = 256 * 1024;
+const SCRATCH: usize = 512 * 1024;
 /// Reads of one direction before the others have their turn.
 const ROUNDS: usize = 8;
 /// Slices of one vectored write.
 const SLICES: usize = 16;
 /// Bytes sent into a tunnel before asking again whether its window still has room.
-const UNASKED: usize = 64 * 1024;
+const UNASKED: usize = 128 * 1024;
 
 // A connection's task is little more than its pump: hold the bound.
 const _: () = assert!(size_of::<SocketPump>() <= 384 && size_of::<StreamPump>() <= 512);

@@ -21,7 +21,7 @@ pub(super) const STREAMS: u32 = 1024;
 const CONNECTION_WINDOW: u32 = STREAM_WINDOW * STREAMS;
 const _: () = assert!(CONNECTION_WINDOW < 1 << 31);
 /// Largest DATA frame we take.
-const FRAME: u32 = 64 * 1024;
+pub(super) const FRAME: u32 = 128 * 1024;
 /// What one stream may have waiting for the tunnel's socket on our side.
 const SEND_BUFFER: usize = 256 * 1024;
 /// Header fields of one request.

@@ -30,7 +30,10 @@ use rustls::ClientConfig;
 use tokio::{sync::watch, task::spawn_local, time::timeout};
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
-use super::{TunnelStatus, hbone, wire::Wire};
+use super::{
+    TunnelStatus, hbone,
+    wire::{UNSENT, Wire},
+};
 use crate::{
     datapath::Source,
     identity,
@@ -486,7 +489,7 @@ impl Attempt {
 
         let name = identity::server_name(&self.key.destination);
         let handshake = TlsConnector::from(Arc::clone(config)).connect(name, Wire::new(tcp));
-        let tls = match timeout(timing.handshake, handshake).await {
+        let mut tls = match timeout(timing.handshake, handshake).await {
             Ok(Ok(tls)) => tls,
             Ok(Err(error)) => {
                 return Err(fail(handshake_reason(&error), format!("{remote}: {error}")));
@@ -497,9 +500,9 @@ impl Attempt {
                 return Err(fail(Reason::TunnelFailed, detail));
             }
         };
-        if tls
-            .get_ref()
-            .1
+        let session = tls.get_mut().1;
+        session.set_buffer_limit(Some(UNSENT));
+        if session
             .alpn_protocol()
             .is_some_and(|protocol| protocol != b"h2")
         {

@@ -28,7 +28,10 @@ use tokio::{
 };
 use tokio_rustls::{LazyConfigAcceptor, server::TlsStream};
 
-use super::{TunnelStatus, hbone, wire::Wire};
+use super::{
+    TunnelStatus, hbone,
+    wire::{UNSENT, Wire},
+};
 use crate::{
     datapath::Source,
     identity,
@@ -240,10 +243,11 @@ async fn accept_tls(
             (identity, config)
         }
     };
-    let tls = hello
+    let mut tls = hello
         .into_stream(config)
         .await
         .map_err(|error| handshake_failed(&error))?;
+    tls.get_mut().1.set_buffer_limit(Some(UNSENT));
     Ok((tls, identity))
 }
 

@@ -15,15 +15,28 @@ use tokio::{
     net::TcpStream,
 };
 
-/// Four records: what one read takes at most.
-const READ: usize = 64 * 1024 + 256;
+use super::hbone::FRAME;
+
+/// What one read takes at first: a record, or many small ones.
+const SMALL: usize = 16 * 1024 + 256;
+/// Under bulk: eight records.
+const LARGE: usize = 8 * SMALL;
+/// After so many small reads in a row the bulk is over and its buffer is given back.
+const QUIET_READS: u32 = 256;
+/// Ciphertext that rustls keeps for the socket. The largest DATA frame fits with its overhead, so
+/// that it leaves in one call and not in two.
+pub(super) const UNSENT: usize = 2 * FRAME as usize;
 
 pub(super) struct Wire {
     tcp: TcpStream,
-    /// Made at the first read; a tunnel is few and carries many.
+    /// Made at the first read.
     buffer: Box<[u8]>,
     start: usize,
     end: usize,
+    /// What the buffer's length should be at the next read.
+    wanted: usize,
+    /// Reads in a row that would have fitted a small buffer.
+    quiet: u32,
 }
 
 impl Wire {
@@ -33,6 +46,23 @@ impl Wire {
             buffer: Box::default(),
             start: 0,
             end: 0,
+            wanted: SMALL,
+            quiet: 0,
+        }
+    }
+
+    /// Learns from a read how long the buffer should be.
+    fn adapt(&mut self, read: usize) {
+        if read > SMALL / 2 {
+            self.quiet = 0;
+            if read == self.buffer.len() {
+                self.wanted = LARGE;
+            }
+        } else {
+            self.quiet = self.quiet.saturating_add(1);
+            if self.quiet == QUIET_READS {
+                self.wanted = SMALL;
+            }
         }
     }
 }
@@ -45,13 +75,14 @@ impl AsyncRead for Wire {
     ) -> Poll<io::Result<()>> {
         let this = &mut *self;
         if this.start == this.end {
-            if this.buffer.is_empty() {
-                this.buffer = vec![0; READ].into_boxed_slice();
+            if this.buffer.len() != this.wanted {
+                this.buffer = vec![0; this.wanted].into_boxed_slice();
             }
             let mut all = ReadBuf::new(&mut this.buffer);
             ready!(Pin::new(&mut this.tcp).poll_read(cx, &mut all))?;
             this.start = 0;
             this.end = all.filled().len();
+            this.adapt(this.end);
         }
         let length = out.remaining().min(this.end - this.start);
         out.put_slice(&this.buffer[this.start..this.start + length]);
@@ -87,5 +118,44 @@ impl AsyncWrite for Wire {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.tcp).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test may panic")]
+mod tests {
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+    };
+
+    use super::*;
+
+    #[tokio::test]
+    async fn the_buffer_grows_under_bulk_and_shrinks_after_it_and_loses_nothing() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap());
+        let (near, far) = tokio::join!(near, listener.accept());
+        let (mut wire, mut far) = (Wire::new(near.unwrap()), far.unwrap().0);
+        let bulk: Vec<u8> = (0..8 * LARGE).map(|at| (at / 7) as u8).collect();
+
+        let sent = bulk.clone();
+        let sender = tokio::spawn(async move {
+            far.write_all(&sent).await.unwrap();
+            far
+        });
+        let mut got = vec![0; bulk.len()];
+        wire.read_exact(&mut got).await.unwrap();
+        assert!(got == bulk);
+        assert_eq!(wire.wanted, LARGE);
+
+        let mut far = sender.await.unwrap();
+        for _ in 0..=QUIET_READS {
+            far.write_all(b"small").await.unwrap();
+            let mut got = [0; 5];
+            wire.read_exact(&mut got).await.unwrap();
+            assert_eq!(&got, b"small");
+        }
+        assert_eq!(wire.buffer.len(), SMALL);
     }
 }
