@@ -22,6 +22,8 @@ use crate::{
 
 /// Names the agent's binary; else it is looked for beside the running program.
 pub const BINARY: &str = "PICOMESH_AGENT";
+/// Names the agent that takes rules out on request (feature `testing`).
+pub const TESTING_BINARY: &str = "PICOMESH_TESTING_AGENT";
 /// Where every agent serves metrics and readiness.
 pub const ADMIN_PORT: u16 = 4191;
 /// Where agents listen for each other's tunnels.
@@ -319,6 +321,18 @@ pub fn binary() -> Result<PathBuf> {
                 running.display()
             )
         })
+}
+
+/// The agent built with the feature `testing`, which [`TESTING_BINARY`] names.
+pub fn testing_binary() -> Result<PathBuf> {
+    match std::env::var_os(TESTING_BINARY).map(PathBuf::from) {
+        Some(path) if path.is_file() => Ok(path),
+        Some(path) => bail!("{TESTING_BINARY} is {}: no such file", path.display()),
+        None => bail!(
+            "{TESTING_BINARY} is not set: name an agent built with `--features testing`, \
+             as `cargo xtask test --tier mesh` does"
+        ),
+    }
 }
 
 /// Runs `picomesh-agent cleanup` for a node whose agent is gone.

@@ -141,6 +141,7 @@ fn prepare_kernel_tiers(tier: Tier) -> Result<()> {
     crate::ebpf::build()?;
     if tier == Tier::Mesh {
         shell::run(&mut agent_build())?;
+        shell::run(&mut testing_agent_build())?;
     }
     Ok(())
 }
@@ -149,6 +150,15 @@ fn prepare_kernel_tiers(tier: Tier) -> Result<()> {
 pub(crate) fn agent_build() -> Command {
     let mut command = shell::cargo();
     command.args(["build", "--release", "-p", "picomesh-agent"]);
+    command
+}
+
+/// The agent that takes rules out on request; with just the features that the tiers' own use of the
+/// library has, so that the library is not compiled once more.
+fn testing_agent_build() -> Command {
+    let mut command = shell::cargo();
+    command.args(["build", "-p", "picomesh-agent", "--bin", "picomesh-agent"]);
+    command.args(["--no-default-features", "--features", "agent,testing"]);
     command
 }
 
@@ -229,6 +239,8 @@ fn commands(tier: Tier, filter: Option<&str>) -> Vec<(&'static str, Command)> {
         Tier::Mesh => {
             let mut mesh = test(&["-p", "picomesh-tests", "--test", "mesh"], filter);
             mesh.env(picomesh_tests::agent::BINARY, agent_binary());
+            let testing = shell::target_dir().join("debug/picomesh-agent");
+            mesh.env(picomesh_tests::agent::TESTING_BINARY, testing);
             vec![("agents", mesh)]
         }
     }

@@ -468,7 +468,7 @@ fn parse<T: DeserializeOwned>(text: &str) -> Result<T, serde_saphyr::Error> {
 /// [`parse`] for Kubernetes' own types, through an erased deserializer: otherwise the compiler makes
 /// a parser for every type that a Pod can contain, megabytes of code that every node would hold in
 /// memory. The erasure loses the parser's line; the path to the value finds it again.
-fn parse_kubernetes<T: DeserializeOwned>(text: &str) -> Result<T, FieldFault> {
+fn parse_kubernetes<T: DeserializeOwned>(text: &str) -> Result<T, Box<FieldFault>> {
     let options = serde_saphyr::options! { with_snippet: false };
     let mut fault = None;
     let parsed =
@@ -482,7 +482,7 @@ fn parse_kubernetes<T: DeserializeOwned>(text: &str) -> Result<T, FieldFault> {
                 serde_saphyr::Error::custom(message)
             })
         });
-    parsed.map_err(|error| FieldFault { path: fault, error })
+    parsed.map_err(|error| Box::new(FieldFault { path: fault, error }))
 }
 
 /// What does not fit, and the path to it if the parser got that far.

@@ -130,7 +130,10 @@ fn play(mesh: Mesh, lose_resets: bool) -> Result<Outcome> {
         Mesh::Off => {}
         Mesh::On => ground.mesh()?,
         Mesh::WithoutRule => {
-            let options = AgentOptions::default().env(RULES_OFF.0, RULES_OFF.1);
+            let options = AgentOptions {
+                binary: Some(picomesh_tests::agent::testing_binary()?),
+                ..AgentOptions::default().env(RULES_OFF.0, RULES_OFF.1)
+            };
             for node in ground.world.nodes() {
                 ground
                     .agents
