@@ -75,7 +75,6 @@ fn tell_jemalloc(what: &CStr) {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
     use super::*;
 

@@ -122,7 +122,6 @@ impl AsyncWrite for Wire {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt},
