@@ -10,7 +10,7 @@ use std::{
         mpsc,
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result};
@@ -46,6 +46,9 @@ pub enum Habit {
     Source,
 }
 
+/// How long a closed listener may hold on to its port.
+const LINGERS: Duration = Duration::from_secs(5);
+
 /// A running server. Dropping it closes the listener and everything accepted.
 #[derive(Debug)]
 pub struct Server {
@@ -74,7 +77,7 @@ impl Server {
         let (ready, listening) = mpsc::sync_channel(1);
         let (stopped, counted) = (stop.clone(), seen.clone());
         let thread = netns.spawn(&format!("server-{port}"), move || {
-            let listener = match listen(port) {
+            let listener = match listen_in_time(port) {
                 Ok(listener) => listener,
                 Err(e) => {
                     let _ = ready.send(Err(e));
@@ -123,6 +126,20 @@ impl Drop for Server {
         // The port is free for the next server when this returns.
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
+        }
+    }
+}
+
+/// A closed listener lives on for a moment if another thread was between fork and exec when it was
+/// closed: the port of the server before this one may be taken until that exec.
+fn listen_in_time(port: u16) -> io::Result<TcpListener> {
+    let started = Instant::now();
+    loop {
+        match listen(port) {
+            Err(e) if e.kind() == io::ErrorKind::AddrInUse && started.elapsed() < LINGERS => {
+                thread::sleep(Duration::from_millis(5));
+            }
+            done => return done,
         }
     }
 }
