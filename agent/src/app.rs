@@ -415,6 +415,7 @@ fn datapath_settings(config: &Config) -> DatapathSettings {
         force_clsact: config.force_clsact,
         fail_open: config.fail_open,
         rules: config.rules,
+        generation: config.generation.clone(),
     }
 }
 

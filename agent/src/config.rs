@@ -17,6 +17,7 @@ use ipnet::IpNet;
 use thiserror::Error;
 
 use crate::{
+    datapath::Generation,
     state::objects::{DefaultPolicy, MeshSettings, OutboundDefault},
     telemetry::{self, LogFormat},
 };
@@ -286,6 +287,8 @@ pub struct Config {
     pub drain_deadline: Duration,
     /// [`picomesh_common::config::rule`] bits in force; all of them but in test builds.
     pub rules: u32,
+    /// The default but in test builds.
+    pub generation: Generation,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -390,7 +393,8 @@ impl RunArgs {
                 }
             },
             drain_deadline: duration("--drain-deadline", &self.drain_deadline)?,
-            rules: rules(environment)?,
+            rules: rules(&environment)?,
+            generation: generation(environment)?,
         })
     }
 }
@@ -462,6 +466,36 @@ fn duration(flag: &'static str, value: &str) -> Result<Duration, BadValue> {
             let remedy = "a whole number and a unit is needed, such as 500ms, 30s or 5m";
             Err(BadValue::new(flag, value, remedy))
         }
+    }
+}
+
+/// In test builds, layout and name of the build that the agent passes for, such as `7/other`.
+pub const GENERATION: &str = "PICOMESH_TEST_GENERATION";
+
+#[cfg(feature = "testing")]
+fn generation(environment: impl Fn(&str) -> Option<OsString>) -> Result<Generation, BadValue> {
+    let Some(given) = environment(GENERATION).filter(|given| !given.is_empty()) else {
+        return Ok(Generation::default());
+    };
+    let given = given.to_string_lossy().into_owned();
+    let parsed = given.split_once('/').and_then(|(layout, name)| {
+        Some(Generation {
+            layout: layout.parse().ok()?,
+            name: name.into(),
+        })
+    });
+    parsed.ok_or_else(|| BadValue::new(GENERATION, given, "LAYOUT/NAME is needed, such as 7/other"))
+}
+
+#[cfg(not(feature = "testing"))]
+fn generation(environment: impl Fn(&str) -> Option<OsString>) -> Result<Generation, BadValue> {
+    match environment(GENERATION).filter(|given| !given.is_empty()) {
+        None => Ok(Generation::default()),
+        Some(given) => Err(BadValue::new(
+            GENERATION,
+            given.to_string_lossy(),
+            "only a build with the feature `testing` can pass for another; unset the variable",
+        )),
     }
 }
 
@@ -665,6 +699,21 @@ mod tests {
             );
         } else {
             assert!(off("never-plain").is_err());
+        }
+    }
+
+    #[test]
+    fn a_test_build_alone_passes_for_another() {
+        let named = |value: &'static str| {
+            parse_with(&[], move |name| (name == GENERATION).then(|| value.into()))
+        };
+        assert_eq!(named("").unwrap().generation, Generation::default());
+        if cfg!(feature = "testing") {
+            let other = named("7/other").unwrap().generation;
+            assert_eq!((other.layout, &*other.name), (7, "other"));
+            assert!(named("other").unwrap_err().remedy.contains("7/other"));
+        } else {
+            assert!(named("7/other").is_err());
         }
     }
 

@@ -41,6 +41,18 @@ pub const fn listener_index(slot: u32, direction: u32, family: u32) -> u32 {
     slot * 4 + direction * 2 + family
 }
 
+/// Direction of a packet at a pod's interface, as used in [`jump_index`].
+pub const EGRESS: u32 = 0;
+pub const INGRESS: u32 = 1;
+/// Length of `JUMPS`.
+pub const JUMPS: u32 = 4;
+
+/// Index into the array of programs `JUMPS`.
+#[inline(always)]
+pub const fn jump_index(direction: u32, l2_len: u32) -> u32 {
+    direction * 2 + (l2_len != 0) as u32
+}
+
 /// Values of the socket storage `SOCKETS`.
 pub mod owner {
     /// A socket of the proxy: its packets pass untouched.
@@ -61,10 +73,16 @@ pub mod map {
     pub const LOCAL: &str = "LOCAL";
     pub const PROBES: &str = "PROBES";
     pub const COUNTERS: &str = "COUNTERS";
+    /// The programs that all pods share, at [`super::jump_index`].
+    pub const JUMPS: &str = "JUMPS";
 }
 
 /// Programs, by the name of their function.
 pub mod program {
+    /// Each pod's own: they put the slot down and jump.
+    pub const ENTER_EGRESS: &str = "enter_egress";
+    pub const ENTER_INGRESS: &str = "enter_ingress";
+    /// Shared by all pods with the same kind of interface: they decide.
     pub const EGRESS: &str = "pod_egress";
     pub const INGRESS: &str = "pod_ingress";
     pub const STEER: &str = "steer";
@@ -73,7 +91,7 @@ pub mod program {
 
 /// Read-only constants that the loader overrides, by symbol.
 pub mod constant {
-    /// u32: slot of the pod this instance serves.
+    /// u32: slot of the pod this instance serves, in `enter_egress`, `enter_ingress` and `steer`.
     pub const SLOT: &str = "SLOT";
     /// u32: mark of the proxy's own sockets; random per boot.
     pub const OUR_MARK: &str = "OUR_MARK";

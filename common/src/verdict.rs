@@ -45,6 +45,8 @@ pub enum Counter {
     Inactive = 19,
     /// A redirect could not be prepared (packet too short to rewrite).
     RedirectFailed = 20,
+    /// The shared program that decides is not in its place.
+    NoProgram = 21,
 }
 
 impl Counter {
@@ -53,7 +55,7 @@ impl Counter {
     /// From here on an outcome is a refusal.
     pub const FIRST_REFUSAL: u32 = 8;
 
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 19] = [
         Self::CapturedOutbound,
         Self::CapturedInbound,
         Self::ProbePassed,
@@ -72,6 +74,7 @@ impl Counter {
         Self::SteeredNowhere,
         Self::Inactive,
         Self::RedirectFailed,
+        Self::NoProgram,
     ];
 
     pub const fn is_refusal(self) -> bool {
@@ -99,6 +102,7 @@ impl Counter {
             Self::SteeredNowhere => "steered_nowhere",
             Self::Inactive => "inactive",
             Self::RedirectFailed => "redirect_failed",
+            Self::NoProgram => "no_program",
         }
     }
 }

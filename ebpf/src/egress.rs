@@ -18,7 +18,8 @@ use picomesh_common::{
 
 use crate::{
     maps::{
-        Probe, count, forget_standing, is_standing, listener_stands, our_mark, pod, probe, rule,
+        Probe, Slot, count, forget_standing, is_standing, listener_stands, our_mark, pod, probe,
+        rule,
     },
     packet::{Packet, Segment},
     redirect::{Verdict, parse},
@@ -26,14 +27,14 @@ use crate::{
 };
 
 #[inline(always)]
-pub(crate) fn judge(ctx: &TcContext) -> Verdict {
+pub(crate) fn judge(ctx: &TcContext, slot: Slot) -> Verdict {
     let segment = match parse(ctx) {
         Ok(Packet::Tcp(segment)) => segment,
         Ok(Packet::NotTcp) => return Verdict::Pass,
         Err(reason) if rule(rule::PARSE_OR_DROP) => return Verdict::Drop(reason),
         Err(_reason) => return Verdict::Pass,
     };
-    let Some(pod) = pod() else {
+    let Some(pod) = pod(slot) else {
         return Verdict::Drop(Counter::Inactive);
     };
     if pod.flags & PodConfig::ACTIVE == 0 {
@@ -59,16 +60,22 @@ pub(crate) fn judge(ctx: &TcContext) -> Verdict {
         remote_port: segment.destination_port,
     };
     if segment.opens() {
-        open(pod, &segment, &tuple, sender)
+        open(slot, pod, &segment, &tuple, sender)
     } else {
         let empty = length as usize <= segment.payload;
-        go_on(ctx, pod, &segment, &tuple, sender, empty)
+        go_on(ctx, slot, pod, &segment, &tuple, sender, empty)
     }
 }
 
 /// A SYN of an application.
 #[inline(always)]
-fn open(pod: &PodConfig, segment: &Segment, tuple: &Tuple, sender: Option<Sender>) -> Verdict {
+fn open(
+    slot: Slot,
+    pod: &PodConfig,
+    segment: &Segment,
+    tuple: &Tuple,
+    sender: Option<Sender>,
+) -> Verdict {
     let taken = sender.is_some_and(|sender| sender.owner == owner::TAKEN);
     if excepted(pod, segment) {
         // The socket may have had a captured connection before: this is a new one.
@@ -80,7 +87,7 @@ fn open(pod: &PodConfig, segment: &Segment, tuple: &Tuple, sender: Option<Sender
     if pod.flags & PodConfig::LEAVING != 0 && !taken {
         return Verdict::Pass;
     }
-    if !listener_stands(OUTBOUND, segment.family) {
+    if !listener_stands(slot, OUTBOUND, segment.family) {
         if pod.flags & PodConfig::FAIL_OPEN != 0 && !taken {
             return Verdict::PassCounted(Counter::FailedOpen);
         }
@@ -93,9 +100,9 @@ fn open(pod: &PodConfig, segment: &Segment, tuple: &Tuple, sender: Option<Sender
     {
         return Verdict::Drop(Counter::RedirectFailed);
     }
-    forget_standing(tuple);
+    forget_standing(slot, tuple);
     if !taken {
-        count(Counter::CapturedOutbound);
+        count(slot, Counter::CapturedOutbound);
     }
     Verdict::Outbound
 }
@@ -104,6 +111,7 @@ fn open(pod: &PodConfig, segment: &Segment, tuple: &Tuple, sender: Option<Sender
 #[inline(always)]
 fn go_on(
     ctx: &TcContext,
+    slot: Slot,
     pod: &PodConfig,
     segment: &Segment,
     tuple: &Tuple,
@@ -137,7 +145,7 @@ fn go_on(
     let owner = sender.map_or(0, |sender| sender.owner);
     if owner == owner::TAKEN {
         // Our end is gone. The listener answers RST, and the application learns of it.
-        return if listener_stands(OUTBOUND, segment.family) {
+        return if listener_stands(slot, OUTBOUND, segment.family) {
             Verdict::Outbound
         } else {
             Verdict::Drop(Counter::OrphanedTaken)
@@ -146,7 +154,7 @@ fn go_on(
     if owner == owner::PROBED {
         return Verdict::Pass;
     }
-    if probe(tuple) != Probe::No {
+    if probe(slot, tuple) != Probe::No {
         if let Some(sender) = sender {
             // Later packets pass when the probe's entry is gone. If there is no memory for that
             // they are dropped then, and the probe is repeated.
@@ -154,7 +162,7 @@ fn go_on(
         }
         return Verdict::Pass;
     }
-    if is_standing(tuple) {
+    if is_standing(slot, tuple) {
         return Verdict::Pass;
     }
     const LENIENT: u32 = PodConfig::ENROLLING | PodConfig::LEAVING | PodConfig::FAIL_OPEN;

@@ -20,7 +20,7 @@ use picomesh_common::{
 
 use crate::{
     egress::{contains, is_link_local},
-    maps::{Probe, capture_mark, count, is_standing, listener_stands, pod, probe, rule},
+    maps::{Probe, Slot, capture_mark, count, is_standing, listener_stands, pod, probe, rule},
     packet::{Packet, Segment},
     redirect::{Verdict, parse},
     sockets::{Owner, owner_of, somebody_listens},
@@ -29,7 +29,7 @@ use crate::{
 const PACKET_OTHERHOST: u32 = 3;
 
 #[inline(always)]
-pub(crate) fn judge(ctx: &TcContext) -> Verdict {
+pub(crate) fn judge(ctx: &TcContext, slot: Slot) -> Verdict {
     // SAFETY: fields of the context.
     let (mark, kind) = unsafe {
         (
@@ -51,7 +51,7 @@ pub(crate) fn judge(ctx: &TcContext) -> Verdict {
     if kind == PACKET_OTHERHOST {
         return Verdict::Pass;
     }
-    let Some(pod) = pod() else {
+    let Some(pod) = pod(slot) else {
         return Verdict::Drop(Counter::Inactive);
     };
     if pod.flags & PodConfig::ACTIVE == 0 {
@@ -64,19 +64,19 @@ pub(crate) fn judge(ctx: &TcContext) -> Verdict {
         remote_port: segment.source_port,
     };
     if segment.opens() {
-        open(ctx, pod, &segment, &tuple)
+        open(ctx, slot, pod, &segment, &tuple)
     } else {
-        go_on(ctx, pod, &segment, &tuple)
+        go_on(ctx, slot, pod, &segment, &tuple)
     }
 }
 
 /// A SYN from outside.
 #[inline(always)]
-fn open(ctx: &TcContext, pod: &PodConfig, segment: &Segment, tuple: &Tuple) -> Verdict {
+fn open(ctx: &TcContext, slot: Slot, pod: &PodConfig, segment: &Segment, tuple: &Tuple) -> Verdict {
     if contains(&pod.skip_inbound, segment.destination_port) {
         return Verdict::Pass;
     }
-    if probe(tuple) == Probe::Dialling {
+    if probe(slot, tuple) == Probe::Dialling {
         return Verdict::PassCounted(Counter::ProbePassed);
     }
     if pod.flags & PodConfig::LEAVING != 0 {
@@ -90,7 +90,7 @@ fn open(ctx: &TcContext, pod: &PodConfig, segment: &Segment, tuple: &Tuple) -> V
     if !rule(rule::SYN_TO_LISTENER) && owner_of(ctx, tuple, segment.family) != Owner::Nobody {
         return Verdict::Pass;
     }
-    if !listener_stands(INBOUND, segment.family) {
+    if !listener_stands(slot, INBOUND, segment.family) {
         if pod.flags & PodConfig::FAIL_OPEN != 0 {
             return Verdict::PassCounted(Counter::FailedOpen);
         }
@@ -98,13 +98,19 @@ fn open(ctx: &TcContext, pod: &PodConfig, segment: &Segment, tuple: &Tuple) -> V
             return Verdict::Drop(Counter::NoInboundListener);
         }
     }
-    count(Counter::CapturedInbound);
+    count(slot, Counter::CapturedInbound);
     Verdict::Inbound
 }
 
 /// Anything but a SYN.
 #[inline(always)]
-fn go_on(ctx: &TcContext, pod: &PodConfig, segment: &Segment, tuple: &Tuple) -> Verdict {
+fn go_on(
+    ctx: &TcContext,
+    slot: Slot,
+    pod: &PodConfig,
+    segment: &Segment,
+    tuple: &Tuple,
+) -> Verdict {
     const LENIENT: u32 = PodConfig::ENROLLING | PodConfig::LEAVING | PodConfig::FAIL_OPEN;
     let excepted_here = contains(&pod.skip_inbound, segment.destination_port);
     let lenient = pod.flags & LENIENT != 0 || excepted_here;
@@ -128,8 +134,8 @@ fn go_on(ctx: &TcContext, pod: &PodConfig, segment: &Segment, tuple: &Tuple) -> 
                 contains(&pod.skip_outbound, segment.source_port) || is_link_local(&segment.source);
             if lenient
                 || excepted
-                || is_standing(tuple)
-                || probe(tuple) != Probe::No
+                || is_standing(slot, tuple)
+                || probe(slot, tuple) != Probe::No
                 || !rule(rule::ONLY_STANDING_IN)
             {
                 Verdict::Pass
@@ -138,19 +144,19 @@ fn go_on(ctx: &TcContext, pod: &PodConfig, segment: &Segment, tuple: &Tuple) -> 
             }
         }
         Owner::Request => {
-            if lenient || probe(tuple) != Probe::No || !rule(rule::ONLY_STANDING_IN) {
+            if lenient || probe(slot, tuple) != Probe::No || !rule(rule::ONLY_STANDING_IN) {
                 Verdict::Pass
             } else {
                 Verdict::Drop(Counter::NotStanding)
             }
         }
         Owner::Nobody => {
-            if lenient || probe(tuple).is_live() || !rule(rule::ACK_NEEDS_OWNER) {
+            if lenient || probe(slot, tuple).is_live() || !rule(rule::ACK_NEEDS_OWNER) {
                 return Verdict::Pass;
             }
             // A SYN cookie of our listener comes back like this. Anything else it answers as the
             // kernel would, with RST.
-            if listener_stands(INBOUND, segment.family) || !rule(rule::NO_LISTENER_DROP) {
+            if listener_stands(slot, INBOUND, segment.family) || !rule(rule::NO_LISTENER_DROP) {
                 Verdict::Inbound
             } else {
                 Verdict::Drop(Counter::NoInboundListener)

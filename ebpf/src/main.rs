@@ -2,13 +2,15 @@
 //!
 //! | program | hook | file |
 //! | --- | --- | --- |
-//! | `pod_egress` | tc egress of a pod's interfaces | [`egress`] |
-//! | `pod_ingress` | tc ingress of the same | [`ingress`] |
+//! | `enter_egress`, `enter_ingress` | tc egress and ingress of a pod's interfaces | [`enter`] |
+//! | `pod_egress` | jumped to from the first | [`egress`] |
+//! | `pod_ingress` | jumped to from the second | [`ingress`] |
 //! | `steer` | sk_lookup of the pod's netns | [`steer`] |
 //! | `host_sockets` | sock_ops of the cgroup v2 root | [`sockops`] |
 //!
 //! The entry points here only turn a decision into the hook's word for it. Each pod has instances
-//! of its own of the first three, told apart by the constant `SLOT`; the maps are shared. Every
+//! of its own of `enter_…` and `steer`, told apart by the constant `SLOT`; maps are shared, and so
+//! are the two programs that decide, because the kernel takes 30 ms to verify them. Every
 //! refusal counts under its number in `picomesh_common::Counter`. Nothing here logs: the counters
 //! tell, and a line per packet would cost more than the packet.
 //!
@@ -21,6 +23,8 @@ mod packet;
 
 #[cfg(target_arch = "bpf")]
 mod egress;
+#[cfg(target_arch = "bpf")]
+mod enter;
 #[cfg(target_arch = "bpf")]
 mod ingress;
 #[cfg(target_arch = "bpf")]
@@ -45,18 +49,32 @@ mod entry {
         programs::{SkLookupContext, SockOpsContext, TcContext},
     };
 
-    use crate::{egress, ingress, redirect, sockops, steer};
+    use picomesh_common::config::{EGRESS, INGRESS};
+
+    use crate::{egress, enter, ingress, maps::Slot, redirect, sockops, steer};
+
+    #[classifier]
+    pub fn enter_egress(ctx: TcContext) -> i32 {
+        enter::enter(&ctx, EGRESS)
+    }
+
+    #[classifier]
+    pub fn enter_ingress(ctx: TcContext) -> i32 {
+        enter::enter(&ctx, INGRESS)
+    }
 
     #[classifier]
     pub fn pod_egress(ctx: TcContext) -> i32 {
-        let verdict = egress::judge(&ctx);
-        redirect::act(&ctx, verdict)
+        let slot = Slot::take_over(&ctx);
+        let verdict = egress::judge(&ctx, slot);
+        redirect::act(&ctx, slot, verdict)
     }
 
     #[classifier]
     pub fn pod_ingress(ctx: TcContext) -> i32 {
-        let verdict = ingress::judge(&ctx);
-        redirect::act(&ctx, verdict)
+        let slot = Slot::take_over(&ctx);
+        let verdict = ingress::judge(&ctx, slot);
+        redirect::act(&ctx, slot, verdict)
     }
 
     #[sk_lookup]

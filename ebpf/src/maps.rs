@@ -1,17 +1,18 @@
 //! What user space tells the programs (constants, configuration, listeners) and what they tell it
 //! (counters, probes). The only file that touches maps; the hooks ask it questions.
 
-use core::ptr::{null, read_volatile};
+use core::ptr::{null, read_volatile, write_volatile};
 
 use aya_ebpf::{
     bindings::{BPF_F_CLONE, BPF_F_NO_PREALLOC, bpf_map_type::BPF_MAP_TYPE_SK_STORAGE},
     helpers::generated::{bpf_ktime_get_ns, bpf_map_lookup_elem, bpf_sk_release},
     macros::{btf_map, map},
-    maps::{Array, HashMap, LruHashMap, PerCpuArray, SockMap},
+    maps::{Array, HashMap, LruHashMap, PerCpuArray, ProgramArray, SockMap},
+    programs::TcContext,
 };
 use picomesh_common::{
     Addr, Counter, PodConfig, ProbeKey, ProbeState, StandingKey, Tuple,
-    config::{MAX_PODS, MAX_PROBES, MAX_STANDING, listener_index, rule},
+    config::{JUMPS as JUMPS_LEN, MAX_PODS, MAX_PROBES, MAX_STANDING, listener_index, rule},
 };
 
 /// Listeners of the proxy at [`listener_index`].
@@ -28,6 +29,8 @@ static LOCAL: HashMap<Addr, u32> = HashMap::with_max_entries(MAX_PODS * 4, BPF_F
 static PROBES: LruHashMap<ProbeKey, ProbeState> = LruHashMap::with_max_entries(MAX_PROBES, 0);
 #[map]
 static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(MAX_PODS * Counter::COUNT, 0);
+#[map]
+pub(crate) static JUMPS: ProgramArray = ProgramArray::with_max_entries(JUMPS_LEN, 0);
 
 const STORAGE_FLAGS: usize = (BPF_F_NO_PREALLOC | BPF_F_CLONE) as usize;
 
@@ -78,7 +81,7 @@ macro_rules! constant {
         }
     };
 }
-constant!(slot, SLOT, u32);
+constant!(own_slot, SLOT, u32);
 constant!(our_mark, OUR_MARK, u32);
 constant!(capture_mark, CAPTURE_MARK, u32);
 constant!(l2_len, L2_LEN, u32);
@@ -93,25 +96,65 @@ pub(crate) fn rule(bit: u32) -> bool {
 
 const _: () = assert!(rule::ALL != 0);
 
-/// Counts an outcome of this instance's pod.
+/// Which pod's packet is at hand.
+#[derive(Clone, Copy)]
+pub(crate) struct Slot(u32);
+
+impl Slot {
+    /// In a pod's own program.
+    #[inline(always)]
+    pub(crate) fn own() -> Self {
+        Self(own_slot())
+    }
+
+    /// Puts it down in the packet's scratch space, for the program that is jumped to.
+    #[inline(always)]
+    pub(crate) fn hand_over(self, ctx: &TcContext) {
+        // SAFETY: a field of the context that programs may write.
+        unsafe { write_volatile(&raw mut (*ctx.skb.skb).cb[0], self.0) };
+    }
+
+    /// Takes it up, in the program that was jumped to. The scratch space is as clean afterwards as
+    /// programs after ours may expect it.
+    #[inline(always)]
+    pub(crate) fn take_over(ctx: &TcContext) -> Self {
+        // SAFETY: as above.
+        unsafe {
+            let slot = read_volatile(&raw const (*ctx.skb.skb).cb[0]);
+            write_volatile(&raw mut (*ctx.skb.skb).cb[0], 0);
+            Self(slot)
+        }
+    }
+}
+
+/// Counts an outcome of a pod.
 #[inline(always)]
-pub(crate) fn count(counter: Counter) {
-    if let Some(value) = COUNTERS.get_ptr_mut(slot() * Counter::COUNT + counter as u32) {
+pub(crate) fn count(slot: Slot, counter: Counter) {
+    if slot.0 >= MAX_PODS {
+        return;
+    }
+    if let Some(value) = COUNTERS.get_ptr_mut(slot.0 * Counter::COUNT + counter as u32) {
         // SAFETY: a live element of a per-CPU array; nobody else writes this CPU's copy.
         unsafe { *value += 1 };
     }
 }
 
-/// Configuration of this instance's pod.
+/// Configuration of a pod.
 #[inline(always)]
-pub(crate) fn pod() -> Option<&'static PodConfig> {
-    PODS.get(slot())
+pub(crate) fn pod(slot: Slot) -> Option<&'static PodConfig> {
+    PODS.get(slot.0)
+}
+
+/// Place of a pod's listener in [`LISTENERS`].
+#[inline(always)]
+pub(crate) fn listener_place(slot: Slot, direction: u32, family: u32) -> u32 {
+    listener_index(slot.0, direction, family)
 }
 
 /// Does a listener of the proxy stand for this pod, direction and family?
 #[inline(always)]
-pub(crate) fn listener_stands(direction: u32, family: u32) -> bool {
-    let index = listener_index(slot(), direction, family);
+pub(crate) fn listener_stands(slot: Slot, direction: u32, family: u32) -> bool {
+    let index = listener_place(slot, direction, family);
     // SAFETY: the map is a SOCKMAP with a u32 key; what it answers is a socket with a reference,
     // which is given back.
     unsafe {
@@ -129,16 +172,16 @@ pub(crate) fn listener_stands(direction: u32, family: u32) -> bool {
 
 /// Did this connection of the pod stand before it was enrolled?
 #[inline(always)]
-pub(crate) fn is_standing(tuple: &Tuple) -> bool {
+pub(crate) fn is_standing(slot: Slot, tuple: &Tuple) -> bool {
     // SAFETY: the value is not read.
-    unsafe { STANDING.get(key(tuple)) }.is_some()
+    unsafe { STANDING.get(key(slot, tuple)) }.is_some()
 }
 
 /// The connection's place is taken by a new one.
 #[inline(always)]
-pub(crate) fn forget_standing(tuple: &Tuple) {
+pub(crate) fn forget_standing(slot: Slot, tuple: &Tuple) {
     // Most are not there.
-    let _ = STANDING.remove(key(tuple));
+    let _ = STANDING.remove(key(slot, tuple));
 }
 
 /// Slot of the local pod that has this address.
@@ -168,10 +211,10 @@ impl Probe {
     }
 }
 
-/// What the host's sockets are doing with this tuple of this instance's pod.
+/// What the host's sockets are doing with this tuple of a pod.
 #[inline(always)]
-pub(crate) fn probe(tuple: &Tuple) -> Probe {
-    let key = probe_key(slot(), tuple);
+pub(crate) fn probe(slot: Slot, tuple: &Tuple) -> Probe {
+    let key = probe_key(slot.0, tuple);
     // SAFETY: copied at once. A mix of two writes of one tuple is a phase of one of them.
     let Some(state) = (unsafe { PROBES.get(key) }).copied() else {
         return Probe::No;
@@ -210,9 +253,9 @@ pub(crate) fn knows_probe(slot: u32, tuple: &Tuple) -> bool {
 }
 
 #[inline(always)]
-fn key(tuple: &Tuple) -> StandingKey {
+fn key(slot: Slot, tuple: &Tuple) -> StandingKey {
     StandingKey {
-        slot: slot(),
+        slot: slot.0,
         tuple: *tuple,
     }
 }

@@ -11,7 +11,7 @@ use picomesh_common::{
 };
 
 use crate::{
-    maps::{capture_mark, count, l2_len},
+    maps::{Slot, capture_mark, count, l2_len},
     packet::{self, Bytes, Packet},
 };
 
@@ -30,26 +30,26 @@ pub(crate) enum Verdict {
 
 /// Carries a verdict out. "Pass" leaves the packet to the programs and filters after ours.
 #[inline(always)]
-pub(crate) fn act(ctx: &TcContext, verdict: Verdict) -> i32 {
+pub(crate) fn act(ctx: &TcContext, slot: Slot, verdict: Verdict) -> i32 {
     match verdict {
         Verdict::Pass => TC_ACT_UNSPEC,
         Verdict::PassCounted(counter) => {
-            count(counter);
+            count(slot, counter);
             TC_ACT_UNSPEC
         }
-        Verdict::Drop(counter) => drop(counter),
+        Verdict::Drop(counter) => drop(slot, counter),
         Verdict::Outbound => {
             // Our policy rule finds the packet by this and calls every address local.
             // SAFETY: a field of the context that programs may write.
             unsafe { (*ctx.skb.skb).mark = capture_mark() };
-            redirect(ctx, MESH0_IFINDEX, &MESH0_MAC)
+            redirect(ctx, slot, MESH0_IFINDEX, &MESH0_MAC)
         }
-        Verdict::Inbound => redirect(ctx, MESH1_IFINDEX, &MESH1_MAC),
+        Verdict::Inbound => redirect(ctx, slot, MESH1_IFINDEX, &MESH1_MAC),
     }
 }
 
 #[inline(always)]
-fn redirect(ctx: &TcContext, ifindex: u32, mac: &[u8; 6]) -> i32 {
+fn redirect(ctx: &TcContext, slot: Slot, ifindex: u32, mac: &[u8; 6]) -> i32 {
     const ETHERNET: u32 = 14;
     if l2_len() == 0 {
         // The device wants a link header where this interface has none; its last two bytes tell
@@ -58,24 +58,24 @@ fn redirect(ctx: &TcContext, ifindex: u32, mac: &[u8; 6]) -> i32 {
         let protocol = unsafe {
             let protocol = (*ctx.skb.skb).protocol as u16;
             if bpf_skb_change_head(ctx.skb.skb, ETHERNET, 0) != 0 {
-                return drop(Counter::RedirectFailed);
+                return drop(slot, Counter::RedirectFailed);
             }
             protocol
         };
         if ctx.store(12, &protocol, 0).is_err() {
-            return drop(Counter::RedirectFailed);
+            return drop(slot, Counter::RedirectFailed);
         }
     }
     if ctx.store(0, mac, 0).is_err() {
-        return drop(Counter::RedirectFailed);
+        return drop(slot, Counter::RedirectFailed);
     }
     // SAFETY: plain numbers.
     unsafe { bpf_redirect(ifindex, BPF_F_INGRESS as u64) as i32 }
 }
 
 #[inline(always)]
-fn drop(counter: Counter) -> i32 {
-    count(counter);
+pub(crate) fn drop(slot: Slot, counter: Counter) -> i32 {
+    count(slot, counter);
     TC_ACT_SHOT
 }
 

@@ -7,10 +7,10 @@
 use aya_ebpf::programs::SkLookupContext;
 use picomesh_common::{
     Counter,
-    config::{INBOUND, MESH0_IFINDEX, MESH1_IFINDEX, OUTBOUND, V4, V6, listener_index, rule},
+    config::{INBOUND, MESH0_IFINDEX, MESH1_IFINDEX, OUTBOUND, V4, V6, rule},
 };
 
-use crate::maps::{LISTENERS, count, rule, slot};
+use crate::maps::{LISTENERS, Slot, count, listener_place, rule};
 
 const AF_INET: u32 = 2;
 
@@ -32,13 +32,14 @@ pub(crate) fn find(ctx: &SkLookupContext) -> bool {
         return true;
     };
     let family = if family == AF_INET { V4 } else { V6 };
+    let slot = Slot::own();
     if LISTENERS
-        .redirect_sk_lookup(ctx, listener_index(slot(), direction, family), 0)
+        .redirect_sk_lookup(ctx, listener_place(slot, direction, family), 0)
         .is_ok()
     {
         return true;
     }
-    count(Counter::SteeredNowhere);
+    count(slot, Counter::SteeredNowhere);
     // Without us the kernel would go on to the application's listener.
     !rule(rule::STEER_OR_DROP)
 }

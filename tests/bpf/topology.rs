@@ -30,7 +30,8 @@ use nix::{
     unistd::Uid,
 };
 use picomesh::datapath::loader::{
-    Interface, L2_ETHERNET, Loader, LoaderError, LoaderSettings, PodPrograms, SocketMarker,
+    Generation, Interface, L2_ETHERNET, Loader, LoaderError, LoaderSettings, PodPrograms,
+    SocketMarker,
 };
 use picomesh_common::{
     Counter, PodConfig,
@@ -122,6 +123,7 @@ fn settings(bpf_dir: PathBuf, force_clsact: bool, rules: u32) -> LoaderSettings 
         node_netns_cookie: 0,
         rules,
         force_clsact,
+        generation: Generation::default(),
     }
 }
 

@@ -1,6 +1,9 @@
 //! Runs the tables of tests: at most two at a time, with a reason for every skip.
 
-use std::process::ExitCode;
+use std::{
+    process::ExitCode,
+    sync::{PoisonError, RwLock},
+};
 
 use anyhow::Result;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
@@ -22,7 +25,12 @@ pub(crate) enum Need {
     Mesh,
     /// A program on the PATH.
     Program(&'static str),
+    /// No other test beside it: it promises a time.
+    Alone,
 }
+
+/// Held by every test that runs, and by one that must be alone for writing.
+static MACHINE: RwLock<()> = RwLock::new(());
 
 pub(crate) fn run(tests: Vec<Test>) -> ExitCode {
     if let Err(e) = reaper::install() {
@@ -37,13 +45,24 @@ pub(crate) fn run(tests: Vec<Test>) -> ExitCode {
         .map(|test| {
             Trial::ignorable_test(test.name, move || match reason_to_skip(test.needs) {
                 Some(reason) => Ok(Completion::ignored_with(reason)),
-                None => (test.run)()
+                None => beside_others_or_alone(test)
                     .map(|()| Completion::Completed)
                     .map_err(|e| Failed::from(format!("{e:#}"))),
             })
         })
         .collect();
     libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+fn beside_others_or_alone(test: Test) -> Result<()> {
+    // What another test left half done when it panicked is not in this lock.
+    if test.needs.contains(&Need::Alone) {
+        let _alone = MACHINE.write().unwrap_or_else(PoisonError::into_inner);
+        (test.run)()
+    } else {
+        let _beside_others = MACHINE.read().unwrap_or_else(PoisonError::into_inner);
+        (test.run)()
+    }
 }
 
 fn reason_to_skip(needs: &[Need]) -> Option<String> {
@@ -55,5 +74,6 @@ fn reason_to_skip(needs: &[Need]) -> Option<String> {
         Need::Mesh => agent::binary().err().map(|e| format!("{e:#}")),
         Need::Program(name) => (!requirements::program(name))
             .then(|| format!("{name} is not installed: cargo xtask setup")),
+        Need::Alone => None,
     })
 }

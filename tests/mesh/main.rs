@@ -9,6 +9,7 @@ mod harness;
 mod identity_attacks;
 mod lifecycle;
 mod policy;
+mod restart;
 mod scale;
 mod services;
 mod settings;
@@ -27,6 +28,7 @@ fn main() -> ExitCode {
             failclosed::TESTS,
             identity_attacks::TESTS,
             lifecycle::TESTS,
+            restart::TESTS,
             services::TESTS,
             settings::TESTS,
             shown::TESTS,

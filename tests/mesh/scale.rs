@@ -20,7 +20,7 @@ use crate::harness::{Need, Test};
 pub(crate) const TESTS: &[Test] = &[
     Test {
         name: "scale::a_hundred_pods_are_enrolled_in_ten_seconds_and_twenty_megabytes",
-        needs: &[Need::Mesh],
+        needs: &[Need::Mesh, Need::Alone],
         run: a_hundred_pods_are_enrolled_in_ten_seconds_and_twenty_megabytes,
     },
     Test {

@@ -49,6 +49,7 @@ pub fn pods(mesh: &Mesh, netns: &Netns) -> Pods {
                     "its network namespace is not known: set annotation picomesh.io/netns".into(),
                 )),
                 repairs: 0,
+                mended: Vec::new(),
                 counters: Vec::new(),
             }),
         }

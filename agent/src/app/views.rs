@@ -125,6 +125,7 @@ impl Shown {
                 "state": pod.state,
                 "reason": pod.reason,
                 "repairs": pod.repairs,
+                "mended": pod.mended,
                 "connections": open,
                 "counters": pod.counters,
             })
@@ -172,6 +173,7 @@ impl Shown {
         let pods = self.all_pods();
         let mut families = vec![
             pod_states(&pods),
+            repairs(&pods, self.datapath.shared_repairs()),
             kernel_counters(
                 &pods,
                 "picomesh_kernel_refusals_total",
@@ -277,6 +279,25 @@ fn pod_states(pods: &[PodStatus]) -> Family {
     }
 }
 
+/// Pods alone that needed any; what pods share stands without a pod.
+fn repairs(pods: &[PodStatus], shared: u64) -> Family {
+    let sample = |namespace: &str, pod: &str, count: u64| Sample {
+        labels: vec![("namespace", namespace.into()), ("pod", pod.into())],
+        value: count as f64,
+    };
+    let mut samples = vec![sample("", "", shared)];
+    for pod in pods.iter().filter(|pod| pod.repairs > 0) {
+        let (namespace, name) = pod.name.split_once('/').unwrap_or(("", &pod.name));
+        samples.push(sample(namespace, name, pod.repairs));
+    }
+    Family {
+        name: "picomesh_repairs_total",
+        help: "Times that the kernel's state was not as it should be and was mended, by pod.",
+        kind: Kind::Counter,
+        samples,
+    }
+}
+
 fn kernel_counters(
     pods: &[PodStatus],
     name: &'static str,
@@ -342,6 +363,7 @@ mod tests {
             state,
             reason: reason.map(|word| (word, "why".into())),
             repairs: 0,
+            mended: Vec::new(),
             counters: vec![("captured_outbound", 7), ("fragment", 2)],
         }
     }

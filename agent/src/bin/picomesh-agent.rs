@@ -12,7 +12,7 @@ use clap::Parser;
 use picomesh::{
     admin, app,
     config::{Cli, Command},
-    datapath::{Datapath, DatapathSettings},
+    datapath::{Datapath, DatapathSettings, Generation},
 };
 use picomesh_common::config::rule;
 use tokio::runtime;
@@ -63,6 +63,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
                 force_clsact: false,
                 fail_open: false,
                 rules: rule::ALL,
+                generation: Generation::default(),
             };
             // An agent that runs would enrol its pods again. Without the directory none does.
             let exists = settings.run_dir.exists();

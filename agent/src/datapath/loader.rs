@@ -8,6 +8,7 @@
 //!
 //! ```text
 //! <bpf_dir>/v<LAYOUT>/maps/<NAME>                     shared by all pods
+//!                    /shared/<l2 length>/{pod_egress,pod_ingress,build-…}   for all pods
 //!                    /host/{sockops,program,build-…}   the one program on the cgroup root
 //!                    /pods/<slot>/{egress,ingress}-<ifindex>   links (TCX; clsact filters have none)
 //!                                /steer                        link (sk_lookup)
@@ -20,6 +21,7 @@
 
 mod attach;
 mod clsact;
+mod former;
 mod host;
 mod maps;
 mod pins;
@@ -29,6 +31,7 @@ use std::{
     collections::HashMap,
     fmt::Write as _,
     fs, io,
+    net::IpAddr,
     os::fd::{AsRawFd, BorrowedFd},
     path::{Path, PathBuf},
 };
@@ -43,11 +46,12 @@ use aya::{
 use parking_lot::Mutex;
 use picomesh_common::{
     Addr, Counter, PodConfig, ProbeKey, ProbeState, StandingKey,
-    config::{LAYOUT, MAX_PODS, constant},
+    config::{INBOUND, LAYOUT, MAX_PODS, OUTBOUND, V4, V6, constant},
 };
 use thiserror::Error;
 
 pub use attach::{HookFault, PodHooks, PodPrograms};
+use former::Former;
 use maps::SharedMaps;
 pub use maps::SocketMarker;
 use pins::{entries, make_dir, remove, remove_tree, take_off};
@@ -59,6 +63,9 @@ static OBJECT: Option<&[u8]> = include!(concat!(env!("OUT_DIR"), "/object.rs"));
 pub const L2_ETHERNET: u32 = 14;
 /// The same on an interface that carries bare IP packets.
 pub const L2_NONE: u32 = 0;
+
+/// Directories of a layout.
+const DIRS: [&str; 4] = ["maps", "pods", "host", "shared"];
 
 const TCX_SINCE: KernelVersion = KernelVersion::new(6, 6, 0);
 
@@ -89,6 +96,25 @@ pub struct LoaderSettings {
     pub rules: u32,
     /// Use clsact even where the kernel has TCX.
     pub force_clsact: bool,
+    pub generation: Generation,
+}
+
+/// What tells this build apart in the kernel. Only tests name one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Generation {
+    /// [`LAYOUT`]; pins of other layouts are taken over.
+    pub layout: u32,
+    /// Makes another build of the same object.
+    pub name: String,
+}
+
+impl Default for Generation {
+    fn default() -> Self {
+        Self {
+            layout: LAYOUT,
+            name: String::new(),
+        }
+    }
 }
 
 /// An interface of a pod, `lo` and our own devices excepted.
@@ -175,8 +201,12 @@ pub struct Loader {
     bytes: &'static [u8],
     kernel_has_tcx: bool,
     maps: SharedMaps,
+    /// Other layouts whose programs may still be attached.
+    former: Mutex<Vec<Former>>,
     /// One for all pods; see [`SLOTS`].
     aya: Mutex<EbpfLoader<'static>>,
+    /// Held while shared programs are put into their places.
+    sharing: Mutex<()>,
 }
 
 impl Loader {
@@ -186,13 +216,16 @@ impl Loader {
     }
 
     fn with_object(bytes: &'static [u8], settings: LoaderSettings) -> Result<Self, LoaderError> {
-        let root = settings.bpf_dir.join(format!("v{LAYOUT}"));
-        for dir in [&settings.bpf_dir, &root, &root.join("maps")] {
+        let root = settings
+            .bpf_dir
+            .join(format!("v{}", settings.generation.layout));
+        for dir in [&settings.bpf_dir, &root] {
             make_dir(dir)?;
         }
-        for dir in ["pods", "host"] {
+        for dir in DIRS {
             make_dir(&root.join(dir))?;
         }
+        let former = former::inherit(&settings.bpf_dir, &root)?;
 
         let mut aya = EbpfLoader::new();
         // Nothing of ours is relocated by the kernel's types (rule 15), and parsed they are 12 MB.
@@ -211,7 +244,7 @@ impl Loader {
             .override_global(constant::CAPTURE_MARK, &marks[1], true)
             .override_global(constant::RULES, &marks[2], true)
             .override_global(constant::NODE_NETNS, cookie, true);
-        let maps = SharedMaps::take(&mut aya.load(bytes)?)?;
+        let maps = SharedMaps::take(&mut aya.load(bytes)?, &root.join("maps"))?;
 
         let kernel_has_tcx = KernelVersion::current().is_ok_and(|running| running >= TCX_SINCE);
         Ok(Self {
@@ -220,7 +253,9 @@ impl Loader {
             bytes,
             kernel_has_tcx,
             maps,
+            former: Mutex::new(former),
             aya: Mutex::new(aya),
+            sharing: Mutex::new(()),
         })
     }
 
@@ -286,13 +321,43 @@ impl Loader {
         self.maps.standing()
     }
 
+    /// What builds of other layouts knew of a slot.
+    pub fn former_standing(&self, slot: u32) -> Vec<StandingKey> {
+        let former = self.former.lock();
+        let all = former.iter().flat_map(|former| &former.standing);
+        all.filter(|key| key.slot == slot).copied().collect()
+    }
+
+    /// Has another layout left anything?
+    pub fn has_former(&self) -> bool {
+        !self.former.lock().is_empty()
+    }
+
+    /// Removes what other layouts left. To be called when no pod's programs use it any more.
+    pub fn forget_former(&self) -> Result<(), LoaderError> {
+        for former in std::mem::take(&mut *self.former.lock()) {
+            former.forget()?;
+        }
+        Ok(())
+    }
+
+    /// Puts back pins of maps that somebody removed, and says which.
+    pub fn mend_pins(&self) -> Result<Vec<&'static str>, LoaderError> {
+        make_dir(&self.root)?;
+        for dir in DIRS {
+            make_dir(&self.root.join(dir))?;
+        }
+        self.maps.mend_pins()
+    }
+
     /// Tells `host_sockets` that a pod of this node has this address.
     pub fn insert_local(&self, addr: Addr, slot: u32) -> Result<(), LoaderError> {
         self.maps.insert_local(addr, checked(slot)?)
     }
 
-    pub fn remove_local(&self, addr: Addr) -> Result<(), LoaderError> {
-        self.maps.remove_local(addr)
+    /// Takes all addresses of this slot away but those in `keep`.
+    pub fn keep_local(&self, slot: u32, keep: &[IpAddr]) -> Result<(), LoaderError> {
+        self.maps.keep_local(slot, keep)
     }
 
     pub fn local(&self) -> Result<HashMap<Addr, u32>, LoaderError> {
@@ -318,10 +383,16 @@ impl Loader {
     }
 
     /// Empties a slot for its next pod: configuration (so that TCP is dropped until the next one
-    /// is written), standing connections, probes, addresses and counters. The listeners leave the
-    /// map by themselves when they are closed.
+    /// is written), listeners (closed ones leave by themselves, but perhaps too late), addresses,
+    /// then the probes that they admitted, standing connections and counters.
     pub fn clear_slot(&self, slot: u32) -> Result<(), LoaderError> {
         self.maps.set_pod(checked(slot)?, &PodConfig::EMPTY)?;
+        for direction in [OUTBOUND, INBOUND] {
+            for family in [V4, V6] {
+                self.maps.clear_listener(slot, direction, family)?;
+            }
+        }
+        self.maps.keep_local(slot, &[])?;
         for key in self.maps.standing()? {
             if key.slot == slot {
                 self.maps.remove_standing(&key)?;
@@ -330,11 +401,6 @@ impl Loader {
         for (key, _state) in self.maps.probes()? {
             if key.slot == slot {
                 self.maps.remove_probe(&key)?;
-            }
-        }
-        for (addr, owner) in self.maps.local()? {
-            if owner == slot {
-                self.maps.remove_local(addr)?;
             }
         }
         self.maps.clear_counters(slot)
@@ -353,19 +419,18 @@ impl Loader {
     /// Was what is pinned for this slot made by this very build, with the same constants? Then it
     /// may stay as it is.
     pub fn same_build(&self, slot: u32) -> bool {
-        self.pod_dir(slot)
-            .join(format!("build-{}", self.build()))
-            .is_dir()
+        self.is_stamped(&self.pod_dir(slot))
     }
 
     /// Removes every pin of this layout, and with the last one the directories. Detach the pods
     /// first: clsact filters hang in their namespaces, not here.
     pub fn remove_everything(self) -> Result<(), LoaderError> {
+        self.forget_former()?;
         let Self { root, settings, .. } = self;
         take_off(&root.join("host/sockops"))?;
         remove_tree(&root)?;
         match fs::remove_dir(&settings.bpf_dir) {
-            // Another layout's pins, or somebody's mount: not ours to remove.
+            // Another's pins, or somebody's mount: not ours to remove.
             Err(error)
                 if !matches!(
                     error.kind(),
@@ -395,6 +460,7 @@ impl Loader {
             capture_mark,
             node_netns_cookie,
             rules,
+            ref generation,
             ..
         } = self.settings;
         let mut hash = digest::Context::new(&digest::SHA256);
@@ -403,6 +469,7 @@ impl Loader {
             hash.update(&word.to_ne_bytes());
         }
         hash.update(&node_netns_cookie.to_ne_bytes());
+        hash.update(generation.name.as_bytes());
         hash.finish().as_ref()[..8]
             .iter()
             .fold(String::new(), |mut text, byte| {
@@ -412,15 +479,24 @@ impl Loader {
             })
     }
 
-    /// Leaves this build's name in `dir` and takes away any other's.
+    fn is_stamped(&self, dir: &Path) -> bool {
+        dir.join(format!("build-{}", self.build())).is_dir()
+    }
+
+    /// Leaves this build's name in `dir`, when everything there is of it.
     fn stamp(&self, dir: &Path) -> Result<(), LoaderError> {
-        let build = format!("build-{}", self.build());
+        make_dir(&dir.join(format!("build-{}", self.build())))
+    }
+
+    /// Takes every build's name away, before the first program there is replaced: whoever is killed
+    /// in between leaves programs of two.
+    fn unstamp(dir: &Path) -> Result<(), LoaderError> {
         for name in entries(dir)? {
-            if name.starts_with("build-") && name != build {
+            if name.starts_with("build-") {
                 remove(&dir.join(name))?;
             }
         }
-        make_dir(&dir.join(build))
+        Ok(())
     }
 }
 

@@ -19,6 +19,7 @@ use picomesh_common::PodConfig;
 
 use crate::state::PodUid;
 
+pub use loader::Generation;
 pub use pods::{Datapath, DatapathSettings, PodStatus};
 pub use sockets::{PodHandle, PodSockets, Source};
 

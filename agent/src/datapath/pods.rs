@@ -18,7 +18,7 @@ mod reconcile;
 mod records;
 mod table;
 
-use std::{path::PathBuf, sync::Arc};
+use std::{collections::HashMap, path::PathBuf, sync::Arc};
 
 use anyhow::Context;
 use parking_lot::Mutex;
@@ -29,16 +29,12 @@ use tokio::{
 };
 
 use self::{
-    captured::Core,
-    claims::Claims,
-    enrolment::Adopted,
-    reconcile::Reconciler,
-    records::RunDir,
-    table::{Stage, Table},
+    captured::Core, claims::Claims, enrolment::Adopted, reconcile::Reconciler, records::RunDir,
+    table::Table,
 };
 use super::{
     Desired, PodEvent,
-    loader::{Loader, LoaderSettings},
+    loader::{Generation, Loader, LoaderSettings},
     netns::Home,
     sockets::SocketOwner,
 };
@@ -56,6 +52,8 @@ pub struct DatapathSettings {
     pub fail_open: bool,
     /// `rule` bits in force; anything but all of them only in test builds.
     pub rules: u32,
+    /// The default but in test builds.
+    pub generation: Generation,
 }
 
 /// For `debug pods`, metrics and readiness.
@@ -70,6 +68,8 @@ pub struct PodStatus {
     pub reason: Option<(&'static str, String)>,
     /// Repairs done since it was captured.
     pub repairs: u64,
+    /// What the last of them put right, one fixed word each.
+    pub mended: Vec<&'static str>,
     /// (name of `picomesh_common::Counter`, count), zeros left out.
     pub counters: Vec<(&'static str, u64)>,
 }
@@ -151,14 +151,15 @@ impl Datapath {
         self.table.lock().host_problem.clone()
     }
 
+    /// Repairs of what the pods share: pins of maps that somebody removed.
+    pub fn shared_repairs(&self) -> u64 {
+        self.table.lock().shared_repairs
+    }
+
     /// Has every desired pod been tried at least once?
     pub fn is_settled(&self) -> bool {
         let table = self.table.lock();
-        table.known
-            && table
-                .pods
-                .values()
-                .all(|entry| !matches!(entry.stage, Stage::Pending))
+        table.known && table.is_tried()
     }
 
     /// Compare everything now instead of at the next turn.
@@ -193,6 +194,11 @@ fn open(
             "rules: {:#x}; only test builds may take rules of the kernel half out",
             settings.rules
         );
+        anyhow::ensure!(
+            settings.generation == Generation::default(),
+            "generation: {:?}; only test builds may pass for another one",
+            settings.generation
+        );
     }
     let run_dir = RunDir::open(&settings.run_dir)?;
     records::check_bpffs(&settings.bpf_dir)?;
@@ -204,7 +210,8 @@ fn open(
         mark: marks.ours,
         marker: Arc::new(loader.marker()?),
     };
-    let claims = Claims::new(run_dir, records.clone());
+    let strays = strays(&loader, &records)?;
+    let claims = Claims::new(run_dir, records.clone(), strays);
     let core = Core {
         settings,
         loader,
@@ -225,14 +232,26 @@ fn open(
             }
         }
     }
-    for slot in core.loader.pinned_slots()? {
-        if records.iter().all(|record| record.slot != slot) {
-            tracing::warn!(slot, "pinned programs of an unknown pod; taking them off");
-            core.loader.detach(slot, &[])?;
-            core.loader.clear_slot(slot)?;
+    Ok((core, adopted))
+}
+
+/// What is pinned for pods on no record, with the inodes of their namespaces. They stay as they
+/// are, closed, until it turns out whose they are; those of namespaces that are gone are removed.
+fn strays(loader: &Loader, records: &[records::Record]) -> anyhow::Result<HashMap<u32, u64>> {
+    let mut strays = HashMap::new();
+    for slot in loader.pinned_slots()? {
+        if records.iter().any(|record| record.slot == slot) {
+            continue;
+        }
+        if let Some(inode) = loader.netns_of(slot)? {
+            tracing::warn!(slot, netns = inode, "pinned programs of a pod on no record");
+            strays.insert(slot, inode);
+        } else {
+            loader.detach(slot, &[])?;
+            loader.clear_slot(slot)?;
         }
     }
-    Ok((core, adopted))
+    Ok(strays)
 }
 
 fn loader_settings(
@@ -247,6 +266,7 @@ fn loader_settings(
         node_netns_cookie,
         rules: settings.rules,
         force_clsact: settings.force_clsact,
+        generation: settings.generation.clone(),
     }
 }
 

@@ -15,7 +15,8 @@ use std::{
 use anyhow::{Context, Result, bail};
 use parking_lot::Mutex;
 use picomesh::datapath::{
-    Datapath, DatapathSettings, Desired, DesiredPod, PodEvent, PodSockets, PodStatus, Source,
+    Datapath, DatapathSettings, Desired, DesiredPod, Generation, PodEvent, PodSockets, PodStatus,
+    Source,
 };
 use picomesh_common::{PodConfig, config::rule};
 use tokio::{
@@ -47,6 +48,7 @@ impl Dirs {
             force_clsact: false,
             fail_open: false,
             rules: rule::ALL,
+            generation: Generation::default(),
         }
     }
 

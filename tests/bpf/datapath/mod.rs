@@ -1,9 +1,11 @@
 //! The agent's datapath on real namespaces: what it puts into a pod and takes out again
-//! ([`devices`]), and a pod's whole way with programs and sockets ([`pods`]).
+//! ([`devices`]), a pod's whole way with programs and sockets ([`pods`]), and what outlives an
+//! agent, or does not ([`restart`]).
 
 mod agent;
 mod devices;
 mod pods;
+mod restart;
 mod world;
 
 use libtest_mimic::{Completion, Failed, Trial};
@@ -15,6 +17,7 @@ pub(crate) fn trials(missing: Option<&str>) -> Vec<Trial> {
     devices::TESTS
         .into_iter()
         .chain(pods::TESTS)
+        .chain(restart::TESTS)
         .map(|(name, test)| {
             let missing = missing.map(str::to_owned);
             Trial::ignorable_test(format!("datapath::{name}"), move || match missing {

@@ -37,20 +37,20 @@ pub(super) const TESTS: [Test; 9] = [
     ("a_hundred_pods_are_enrolled_in_seconds", hundred),
 ];
 
-const CLIENT: [&str; 2] = ["10.97.0.2", "fd97::2"];
-const SERVER: [&str; 2] = ["10.97.0.3", "fd97::3"];
+pub(super) const CLIENT: [&str; 2] = ["10.97.0.2", "fd97::2"];
+pub(super) const SERVER: [&str; 2] = ["10.97.0.3", "fd97::3"];
 
 /// Two pods on one wire, and the node beside them.
-struct World {
-    node: Netns,
-    client: Netns,
-    server: Netns,
+pub(super) struct World {
+    pub(super) node: Netns,
+    pub(super) client: Netns,
+    pub(super) server: Netns,
     // After the namespaces in the order of drops: the last agent's pins go first.
-    dirs: Dirs,
+    pub(super) dirs: Dirs,
 }
 
 impl World {
-    fn new(purpose: &str) -> Result<Self> {
+    pub(super) fn new(purpose: &str) -> Result<Self> {
         let world = Self {
             node: Netns::new(&format!("{purpose}-node"))?,
             client: Netns::new(&format!("{purpose}-client"))?,
@@ -61,14 +61,14 @@ impl World {
         Ok(world)
     }
 
-    fn pods(&self) -> Vec<picomesh::datapath::DesiredPod> {
+    pub(super) fn pods(&self) -> Vec<picomesh::datapath::DesiredPod> {
         vec![
             desired("client", &self.client, &CLIENT),
             desired("server", &self.server, &SERVER),
         ]
     }
 
-    fn agent(&self) -> Result<Agent> {
+    pub(super) fn agent(&self) -> Result<Agent> {
         let agent = Agent::start(&self.node, self.dirs.settings(), self.pods())?;
         for pod in ["client", "server"] {
             agent.wait_for(pod, "captured")?;
@@ -76,16 +76,16 @@ impl World {
         Ok(agent)
     }
 
-    fn serve(&self, at: &str) -> Result<Server> {
+    pub(super) fn serve(&self, at: &str) -> Result<Server> {
         Server::start(&self.server, at)
     }
 
-    fn dial(&self, to: SocketAddr) -> Result<TcpStream> {
+    pub(super) fn dial(&self, to: SocketAddr) -> Result<TcpStream> {
         dial(&self.client, to)
     }
 }
 
-fn dial(from: &Netns, to: SocketAddr) -> Result<TcpStream> {
+pub(super) fn dial(from: &Netns, to: SocketAddr) -> Result<TcpStream> {
     let stream = from
         .run(move || TcpStream::connect_timeout(&to, Duration::from_secs(5)))?
         .with_context(|| format!("connect {to}"))?;
@@ -94,12 +94,12 @@ fn dial(from: &Netns, to: SocketAddr) -> Result<TcpStream> {
 }
 
 /// Tells every client its address, line by line: `ping` → `ping from 10.97.0.2:4000`.
-struct Server {
-    at: SocketAddr,
+pub(super) struct Server {
+    pub(super) at: SocketAddr,
 }
 
 impl Server {
-    fn start(netns: &Netns, at: &str) -> Result<Self> {
+    pub(super) fn start(netns: &Netns, at: &str) -> Result<Self> {
         let at: SocketAddr = at.parse()?;
         let listener = netns.run(move || TcpListener::bind(at))??;
         thread::spawn(move || {
@@ -125,7 +125,7 @@ fn answer(mut stream: TcpStream) -> Option<()> {
 }
 
 /// The client's address as the server sees it.
-fn ping(stream: &mut TcpStream) -> Result<SocketAddr> {
+pub(super) fn ping(stream: &mut TcpStream) -> Result<SocketAddr> {
     stream.write_all(b"ping")?;
     let mut line = Vec::new();
     let mut byte = [0];

@@ -26,6 +26,13 @@ impl Netns {
         Ok(netns)
     }
 
+    /// Another namespace under the same name.
+    pub(crate) fn remake(&self) -> Result<()> {
+        run(&["ip", "netns", "del", &self.name])?;
+        run(&["ip", "netns", "add", &self.name])?;
+        self.ip(&["link", "set", "lo", "up"]).map(drop)
+    }
+
     pub(crate) fn path(&self) -> std::path::PathBuf {
         std::path::Path::new("/run/netns").join(&self.name)
     }

@@ -13,8 +13,7 @@ use picomesh_tests::{
 
 use crate::ground::{Ground, PATIENCE, PORT, served};
 
-/// A full comparison is made every 30 seconds.
-const REPAIR: Duration = Duration::from_secs(45);
+const REPAIR: Duration = Duration::from_secs(30);
 
 pub(super) fn what_a_container_undoes_is_put_back() -> Result<()> {
     let mut ground = Ground::new()?;

@@ -4,9 +4,10 @@
 //! and what lies in the maps is not its business.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
+    io,
     os::fd::{AsFd, BorrowedFd},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use aya::{
@@ -17,11 +18,11 @@ use aya::{
         tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcError},
     },
 };
-use picomesh_common::config::{constant, program};
+use picomesh_common::config::{EGRESS, INGRESS, constant, jump_index, program};
 
 use super::{
     Interface, L2_LENS, Loader, LoaderError, SLOTS, checked, clsact,
-    pins::{entries, make_dir, remove, repin, replace, take_off},
+    pins::{entries, is_link, make_dir, pinned_program, remove, repin, replace, take_off},
     sys,
 };
 
@@ -40,7 +41,7 @@ pub struct PodPrograms {
 pub struct PodHooks {
     /// Hooks that do not have exactly one program of ours.
     pub faults: Vec<HookFault>,
-    /// What is attached is of this build, with the same constants.
+    /// What is attached is of this build, with the same constants, and runs on this loader's maps.
     pub same_build: bool,
 }
 
@@ -53,7 +54,8 @@ pub struct HookFault {
 }
 
 impl Loader {
-    /// Loads the pod's programs (about 17 ms, most of it parsing). Needs no particular netns.
+    /// Loads the pod's programs, and those that all pods share if they are not in their place.
+    /// Needs no particular netns.
     pub fn load_pod(
         &self,
         slot: u32,
@@ -72,13 +74,9 @@ impl Loader {
             if by_l2.contains_key(l2_len) {
                 continue;
             }
-            let mut object = {
-                let mut aya = self.aya.lock();
-                aya.override_global(constant::SLOT, constant_slot, true);
-                aya.override_global(constant::L2_LEN, l2_len, true);
-                aya.load(self.bytes)?
-            };
-            for name in [program::EGRESS, program::INGRESS] {
+            self.share(l2_len)?;
+            let mut object = self.object(constant_slot, l2_len)?;
+            for (name, _direction) in HOOKS {
                 let classifier = classifier(&mut object, name)?;
                 load_patiently(|| classifier.load())?;
             }
@@ -97,6 +95,62 @@ impl Loader {
         })
     }
 
+    /// Puts the programs that decide into their places, for all pods with interfaces of this kind,
+    /// unless they are there and of this build. Replacing one is one step for all pods.
+    fn share(&self, l2_len: &'static u32) -> Result<(), LoaderError> {
+        let _one_at_a_time = self.sharing.lock();
+        let dir = self.shared_dir(*l2_len);
+        if self.is_shared(*l2_len)? {
+            return Ok(());
+        }
+        make_dir(&dir)?;
+        Self::unstamp(&dir)?;
+        let mut object = self.object(&SLOTS[0], l2_len)?;
+        for (direction, name) in SHARED {
+            let classifier = classifier(&mut object, name)?;
+            load_patiently(|| classifier.load())?;
+            self.maps
+                .set_jump(jump_index(direction, *l2_len), classifier.fd()?)?;
+            repin(&dir.join(name), |path| classifier.pin(path))?;
+        }
+        self.stamp(&dir)
+    }
+
+    /// Are the shared programs of this build in their places?
+    fn is_shared(&self, l2_len: u32) -> Result<bool, LoaderError> {
+        let dir = self.shared_dir(l2_len);
+        if !self.is_stamped(&dir) {
+            return Ok(false);
+        }
+        for (direction, name) in SHARED {
+            let there = self
+                .maps
+                .jump(jump_index(direction, l2_len))
+                .map_err(|source| LoaderError::Io {
+                    doing: "asking for a shared program",
+                    source,
+                })?;
+            let pinned = ProgramInfo::from_pin(dir.join(name)).ok();
+            let pinned = pinned.map(|program| program.id());
+            if pinned.is_none_or(|id| there != Some(id) || !self.runs_on_our_maps(id)) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn shared_dir(&self, l2_len: u32) -> PathBuf {
+        self.root.join("shared").join(l2_len.to_string())
+    }
+
+    /// The object with a pod's constants, nothing loaded yet.
+    fn object(&self, slot: &'static u32, l2_len: &'static u32) -> Result<Ebpf, LoaderError> {
+        let mut aya = self.aya.lock();
+        aya.override_global(constant::SLOT, slot, true);
+        aya.override_global(constant::L2_LEN, l2_len, true);
+        Ok(aya.load(self.bytes)?)
+    }
+
     /// Attaches a pod's programs, or puts them in the place of what an earlier agent attached,
     /// with no packet in between that sees neither or both. The calling thread must be in the
     /// pod's netns, which `netns` names.
@@ -105,6 +159,7 @@ impl Loader {
     pub fn attach(&self, pod: &mut PodPrograms, netns: BorrowedFd<'_>) -> Result<(), LoaderError> {
         let dir = self.pod_dir(pod.slot);
         make_dir(&dir)?;
+        Self::unstamp(&dir)?;
         let interfaces = std::mem::take(&mut pod.interfaces);
         let result = self.attach_in(&dir, pod, &interfaces, netns);
         pod.interfaces = interfaces;
@@ -270,16 +325,25 @@ impl Loader {
         interfaces: &[Interface],
         netns: BorrowedFd<'_>,
     ) -> Result<PodHooks, LoaderError> {
-        let count = |programs: &[u32]| programs.iter().filter(|id| self.is_ours(**id)).count();
+        let pinned = self.pinned_programs(slot)?;
         let mut faults = Vec::new();
-        let mut expect_once = |hook: String, found: usize| {
-            if found != 1 {
-                faults.push(HookFault { hook, found });
+        let mut adrift = false;
+        let mut expect_once = |hook: String, programs: &[u32]| {
+            let ours = |id: &&u32| pinned.contains(id) || self.is_ours(**id);
+            let found: Vec<u32> = programs.iter().filter(ours).copied().collect();
+            adrift |= found.iter().any(|id| !self.runs_on_our_maps(*id));
+            if found.len() != 1 {
+                faults.push(HookFault {
+                    hook,
+                    found: found.len(),
+                });
             }
         };
         let steer = attached(netns, sys::ATTACH_SK_LOOKUP)?;
-        expect_once(program::STEER.to_owned(), count(&steer));
+        expect_once(program::STEER.to_owned(), &steer);
+        let mut same_build = self.same_build(slot);
         for interface in interfaces {
+            same_build &= self.is_shared(interface.l2_len)?;
             for (_name, direction) in HOOKS {
                 let mut programs = self.tcx_programs(interface, direction)?;
                 let filters = clsact::filters(interface.index, direction).map_err(|source| {
@@ -291,14 +355,12 @@ impl Loader {
                 programs.extend(filters.iter().map(|filter| filter.program));
                 expect_once(
                     format!("{} of {}", word(direction), interface.name),
-                    count(&programs),
+                    &programs,
                 );
             }
         }
-        Ok(PodHooks {
-            faults,
-            same_build: self.same_build(slot),
-        })
+        same_build &= !adrift;
+        Ok(PodHooks { faults, same_build })
     }
 
     /// Takes a pod's programs off and removes its pins. With `interfaces`, the calling thread must
@@ -315,11 +377,8 @@ impl Loader {
         let mut names = entries(&dir)?;
         names.sort_by_key(|name| name == program::STEER);
         for name in names {
-            let is_link = ["egress-", "ingress-", program::STEER]
-                .iter()
-                .any(|prefix| name.starts_with(prefix));
-            let path = dir.join(name);
-            if is_link {
+            let path = dir.join(&name);
+            if is_link(&name) {
                 take_off(&path)?
             } else {
                 remove(&path)?
@@ -341,19 +400,62 @@ impl Loader {
         Ok(programs.iter().map(ProgramInfo::id).collect())
     }
 
+    /// The network namespace (its inode) whose pod has this slot, says the pinned link of
+    /// sk_lookup; `None` if nothing is pinned or the namespace is gone.
+    pub fn netns_of(&self, slot: u32) -> Result<Option<u64>, LoaderError> {
+        let pin = self.pod_dir(slot).join(program::STEER);
+        let inode = match sys::open_pin(&pin) {
+            Ok(link) => sys::netns_of_link(link.as_fd()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => Err(error),
+        };
+        let inode = inode.map_err(|source| LoaderError::PinFile { pin, source })?;
+        Ok(Some(u64::from(inode)).filter(|inode| *inode != 0))
+    }
+
+    /// What the links of a slot run, and with clsact, which has no links, what is pinned itself.
+    fn pinned_programs(&self, slot: u32) -> Result<HashSet<u32>, LoaderError> {
+        let dir = self.pod_dir(slot);
+        let mut programs = HashSet::new();
+        for name in entries(&dir)? {
+            let pin = dir.join(&name);
+            if is_link(&name) {
+                programs.extend(pinned_program(&pin)?);
+            } else if name.starts_with("program-") && !self.uses_tcx() {
+                programs.extend(ProgramInfo::from_pin(&pin).ok().map(|program| program.id()));
+            }
+        }
+        Ok(programs)
+    }
+
     /// Is this a program of this bpf directory, whichever agent loaded it? They are known by the
     /// maps they use: a name is anybody's.
     pub(super) fn is_ours(&self, program: u32) -> bool {
-        let ours = self.maps.ids();
-        sys::maps_of(program).is_ok_and(|maps| maps.iter().any(|map| ours.contains(map)))
+        let former = self.former.lock();
+        sys::maps_of(program).is_ok_and(|maps| {
+            maps.iter().any(|map| {
+                self.maps.has(*map) || former.iter().any(|former| former.maps.contains(map))
+            })
+        })
+    }
+
+    /// All its maps are this loader's, but for the one that holds its constants. A program that is
+    /// gone runs on none.
+    pub(super) fn runs_on_our_maps(&self, program: u32) -> bool {
+        sys::maps_of(program).map_or(true, |maps| {
+            maps.iter().filter(|map| !self.maps.has(**map)).count() <= 1
+        })
     }
 }
 
 /// Program and direction of each tc hook.
 const HOOKS: [(&str, TcAttachType); 2] = [
-    (program::EGRESS, TcAttachType::Egress),
-    (program::INGRESS, TcAttachType::Ingress),
+    (program::ENTER_EGRESS, TcAttachType::Egress),
+    (program::ENTER_INGRESS, TcAttachType::Ingress),
 ];
+
+/// Direction and name of each shared program.
+const SHARED: [(u32, &str); 2] = [(EGRESS, program::EGRESS), (INGRESS, program::INGRESS)];
 
 fn word(direction: TcAttachType) -> &'static str {
     match direction {

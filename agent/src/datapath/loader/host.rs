@@ -26,10 +26,11 @@ impl Loader {
         })?;
         let attached = attached(cgroup.as_fd(), sys::ATTACH_SOCK_OPS)?;
         let pin = dir.join("sockops");
-        let build = dir.join(format!("build-{}", self.build()));
-        if build.is_dir() && pinned_program(&pin)?.is_some_and(|id| attached.contains(&id)) {
+        let stands = |id| attached.contains(&id) && self.runs_on_our_maps(id);
+        if self.is_stamped(&dir) && pinned_program(&pin)?.is_some_and(stands) {
             return Ok(());
         }
+        Self::unstamp(&dir)?;
         let mut host = self.aya.lock().load(self.bytes)?;
         let sockops: &mut SockOps = host
             .program_mut(program::HOST_SOCKETS)

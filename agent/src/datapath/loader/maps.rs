@@ -6,25 +6,30 @@
 use std::{
     collections::HashMap,
     io,
+    net::IpAddr,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
 use aya::{
     Ebpf,
-    maps::{Array, HashMap as BpfHashMap, Map, MapData, MapError, PerCpuArray, SockMap},
+    maps::{
+        Array, HashMap as BpfHashMap, Map, MapData, MapError, MapInfo, PerCpuArray, ProgramArray,
+        SockMap,
+    },
+    programs::ProgramFd,
 };
 use parking_lot::Mutex;
 use picomesh_common::{
     Addr, Counter, PodConfig, ProbeKey, ProbeState, StandingKey,
-    config::{MAX_PODS, MAX_PROBES, MAX_STANDING, listener_index, map, owner},
+    config::{JUMPS, MAX_PODS, MAX_PROBES, MAX_STANDING, listener_index, map, owner},
 };
 
-use super::{LoaderError, sys};
+use super::{LoaderError, pins::remove, sys};
 
 /// What the layout says of each map: key, value, entries. A pin of another shape was made by
 /// something else, and no program of ours may run on it.
-const SHAPES: [(&str, usize, usize, u32); 7] = [
+const SHAPES: [(&str, usize, usize, u32); 8] = [
     (map::LISTENERS, 4, 4, MAX_PODS * 4),
     (map::SOCKETS, 4, 4, 0),
     (map::PODS, 4, size_of::<PodConfig>(), MAX_PODS),
@@ -37,6 +42,7 @@ const SHAPES: [(&str, usize, usize, u32); 7] = [
         MAX_PROBES,
     ),
     (map::COUNTERS, 4, 8, MAX_PODS * Counter::COUNT),
+    (map::JUMPS, 4, 4, JUMPS),
 ];
 
 pub(super) struct SharedMaps {
@@ -46,9 +52,19 @@ pub(super) struct SharedMaps {
     local: Mutex<BpfHashMap<MapData, Addr, u32>>,
     probes: Mutex<BpfHashMap<MapData, ProbeKey, ProbeState>>,
     counters: Mutex<PerCpuArray<MapData, u64>>,
+    jumps: Mutex<ProgramArray<MapData>>,
+    /// The same map, for what aya's type cannot ask.
+    jump_ids: OwnedFd,
     sockets: OwnedFd,
-    /// Ids of the maps of which every program of ours uses at least one.
-    ids: [u32; 2],
+    pins: Vec<MapPin>,
+}
+
+/// What keeps a map alive besides this process.
+struct MapPin {
+    name: &'static str,
+    path: PathBuf,
+    map: OwnedFd,
+    id: u32,
 }
 
 /// Where each map is pinned.
@@ -61,8 +77,8 @@ pub(super) fn pins(dir: &Path) -> Vec<(&'static str, PathBuf)> {
 
 impl SharedMaps {
     /// Takes the maps out of an object that was loaded with [`pins`].
-    pub(super) fn take(object: &mut Ebpf) -> Result<Self, LoaderError> {
-        let mut ids = [0; 2];
+    pub(super) fn take(object: &mut Ebpf, dir: &Path) -> Result<Self, LoaderError> {
+        let mut pins = Vec::new();
         for (name, key, value, entries) in SHAPES {
             let Some(map) = object.map(name) else {
                 return Err(LoaderError::ObjectLacks { what: "map", name });
@@ -73,11 +89,12 @@ impl SharedMaps {
                     name,
                 })?
                 .info()?;
-            match name {
-                map::COUNTERS => ids[0] = info.id(),
-                map::PROBES => ids[1] = info.id(),
-                _other => {}
-            }
+            pins.push(MapPin {
+                name,
+                path: dir.join(name),
+                map: descriptor(map, name)?,
+                id: info.id(),
+            });
             let found = (
                 info.key_size() as usize,
                 info.value_size() as usize,
@@ -96,19 +113,8 @@ impl SharedMaps {
                 .take_map(name)
                 .ok_or(LoaderError::ObjectLacks { what: "map", name })
         };
-        let sockets = take(map::SOCKETS)?;
-        let sockets = map_data(&sockets)
-            .ok_or(LoaderError::ObjectLacks {
-                what: "map of the right kind",
-                name: map::SOCKETS,
-            })?
-            .fd()
-            .as_fd()
-            .try_clone_to_owned()
-            .map_err(|source| LoaderError::Io {
-                doing: "duplicating the map SOCKETS",
-                source,
-            })?;
+        let sockets = descriptor(&take(map::SOCKETS)?, map::SOCKETS)?;
+        let jumps = take(map::JUMPS)?;
         Ok(Self {
             listeners: Mutex::new(take(map::LISTENERS)?.try_into()?),
             pods: Mutex::new(take(map::PODS)?.try_into()?),
@@ -116,13 +122,35 @@ impl SharedMaps {
             local: Mutex::new(take(map::LOCAL)?.try_into()?),
             probes: Mutex::new(take(map::PROBES)?.try_into()?),
             counters: Mutex::new(take(map::COUNTERS)?.try_into()?),
+            jump_ids: descriptor(&jumps, map::JUMPS)?,
+            jumps: Mutex::new(jumps.try_into()?),
             sockets,
-            ids,
+            pins,
         })
     }
 
-    pub(super) fn ids(&self) -> [u32; 2] {
-        self.ids
+    /// Is this the id of one of these maps?
+    pub(super) fn has(&self, id: u32) -> bool {
+        self.pins.iter().any(|pin| pin.id == id)
+    }
+
+    /// Puts back the pins that somebody removed, or put something else in the place of, and says
+    /// which. The maps themselves live on in the programs, but the next agent would make others.
+    pub(super) fn mend_pins(&self) -> Result<Vec<&'static str>, LoaderError> {
+        let mut mended = Vec::new();
+        for pin in &self.pins {
+            let there = MapInfo::from_pin(&pin.path).ok().map(|info| info.id());
+            if there == Some(pin.id) {
+                continue;
+            }
+            remove(&pin.path)?;
+            sys::pin(pin.map.as_fd(), &pin.path).map_err(|source| LoaderError::PinFile {
+                pin: pin.path.clone(),
+                source,
+            })?;
+            mended.push(pin.name);
+        }
+        Ok(mended)
     }
 
     pub(super) fn set_listener(
@@ -175,8 +203,17 @@ impl SharedMaps {
         Ok(self.local.lock().insert(addr, slot, 0)?)
     }
 
-    pub(super) fn remove_local(&self, addr: Addr) -> Result<(), LoaderError> {
-        absent_is_fine(self.local.lock().remove(&addr))
+    /// Takes the addresses of a slot away but those in `keep`. One that another pod has meanwhile
+    /// (the same pod made again) is its own.
+    pub(super) fn keep_local(&self, slot: u32, keep: &[IpAddr]) -> Result<(), LoaderError> {
+        let mut local = self.local.lock();
+        let all = local.iter().collect::<Result<Vec<(Addr, u32)>, _>>()?;
+        for (addr, owner) in all {
+            if owner == slot && !keep.contains(&IpAddr::from(addr)) {
+                absent_is_fine(local.remove(&addr))?;
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn local(&self) -> Result<HashMap<Addr, u32>, LoaderError> {
@@ -225,8 +262,18 @@ impl SharedMaps {
         Ok(())
     }
 
+    /// Id of the shared program at this place.
+    pub(super) fn jump(&self, index: u32) -> io::Result<Option<u32>> {
+        sys::lookup(self.jump_ids.as_fd(), index.cast_signed())
+    }
+
+    /// From the next packet on it is this one that decides.
+    pub(super) fn set_jump(&self, index: u32, program: &ProgramFd) -> Result<(), LoaderError> {
+        Ok(self.jumps.lock().set(index, program, 0)?)
+    }
+
     pub(super) fn storage(&self, socket: BorrowedFd<'_>) -> io::Result<Option<u32>> {
-        sys::storage(self.sockets.as_fd(), socket)
+        sys::lookup(self.sockets.as_fd(), socket.as_raw_fd())
     }
 
     pub(super) fn marker(&self) -> io::Result<SocketMarker> {
@@ -250,6 +297,20 @@ impl SocketMarker {
     }
 }
 
+fn descriptor(map: &Map, name: &'static str) -> Result<OwnedFd, LoaderError> {
+    let data = map_data(map).ok_or(LoaderError::ObjectLacks {
+        what: "map of the right kind",
+        name,
+    })?;
+    data.fd()
+        .as_fd()
+        .try_clone_to_owned()
+        .map_err(|source| LoaderError::Io {
+            doing: "duplicating a map",
+            source,
+        })
+}
+
 fn map_data(map: &Map) -> Option<&MapData> {
     #[expect(clippy::wildcard_enum_match_arm, reason = "aya's enum, and it grows")]
     match map {
@@ -257,6 +318,7 @@ fn map_data(map: &Map) -> Option<&MapData> {
         | Map::HashMap(data)
         | Map::LruHashMap(data)
         | Map::PerCpuArray(data)
+        | Map::ProgramArray(data)
         | Map::SkStorage(data)
         | Map::SockMap(data) => Some(data),
         _ => None,

@@ -16,6 +16,7 @@ use aya::{
     pin::PinError,
     programs::links::{FdLink, LinkError, PinnedLink},
 };
+use picomesh_common::config::program;
 
 use super::{LoaderError, sys};
 
@@ -102,6 +103,13 @@ pub(super) fn entries(dir: &Path) -> Result<Vec<String>, LoaderError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
         Err(error) => Err(failed(error)),
     }
+}
+
+/// Does a pin of this name in a pod's directory hold a link?
+pub(super) fn is_link(name: &str) -> bool {
+    ["egress-", "ingress-", program::STEER]
+        .iter()
+        .any(|prefix| name.starts_with(prefix))
 }
 
 /// Removes a pin or an empty directory, if it is there.

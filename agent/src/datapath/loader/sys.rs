@@ -14,6 +14,7 @@ use nix::libc;
 
 const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
 const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
+const BPF_OBJ_PIN: libc::c_long = 6;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_PROG_GET_FD_BY_ID: libc::c_long = 13;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
@@ -87,6 +88,19 @@ struct ProgInfo {
     map_ids: u64,
 }
 
+/// The beginning of `struct bpf_link_info`, for a link to a network namespace.
+#[repr(C)]
+#[derive(Default)]
+struct NetnsLinkInfo {
+    kind: u32,
+    id: u32,
+    program: u32,
+    _pad: u32,
+    /// 0: the namespace is gone.
+    netns_inode: u32,
+    attach_type: u32,
+}
+
 #[repr(C)]
 struct LinkUpdate {
     link_fd: u32,
@@ -140,9 +154,9 @@ pub(super) fn set_storage(
     Ok(())
 }
 
-/// The storage of `socket`, if it has any.
-pub(super) fn storage(map: BorrowedFd<'_>, socket: BorrowedFd<'_>) -> io::Result<Option<u32>> {
-    let key = socket.as_raw_fd();
+/// What a map with keys and values of four bytes holds: a socket's storage (the key is its
+/// descriptor), or the id of a program in an array of programs.
+pub(super) fn lookup(map: BorrowedFd<'_>, key: i32) -> io::Result<Option<u32>> {
     let mut value = 0u32;
     let mut attr = MapElem {
         map_fd: raw(map),
@@ -151,7 +165,8 @@ pub(super) fn storage(map: BorrowedFd<'_>, socket: BorrowedFd<'_>) -> io::Result
         value: (&raw mut value) as u64,
         flags: 0,
     };
-    // SAFETY: as in `set_storage`; the kernel writes one u32 to `value`.
+    // SAFETY: as in `set_storage`, and the same of the array (its shape is checked); the kernel
+    // writes one u32 to `value`.
     match unsafe { bpf(BPF_MAP_LOOKUP_ELEM, &mut attr) } {
         Ok(_) => Ok(Some(value)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -210,6 +225,32 @@ pub(super) fn open_pin(path: &Path) -> io::Result<OwnedFd> {
     let fd = unsafe { bpf(BPF_OBJ_GET, &mut attr)? };
     // SAFETY: BPF_OBJ_GET answers with a new descriptor.
     unsafe { owned(fd) }
+}
+
+/// Pins a map at `path`.
+pub(super) fn pin(map: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut attr = ObjGet {
+        pathname: path.as_ptr() as u64,
+        bpf_fd: raw(map),
+        file_flags: 0,
+    };
+    // SAFETY: `path` is a C string that lives until the call returns.
+    unsafe { bpf(BPF_OBJ_PIN, &mut attr)? };
+    Ok(())
+}
+
+/// Inode of the network namespace that a link of sk_lookup is attached to; 0 when it is gone.
+pub(super) fn netns_of_link(link: BorrowedFd<'_>) -> io::Result<u32> {
+    let mut info = NetnsLinkInfo::default();
+    let mut attr = GetInfo {
+        fd: raw(link),
+        length: size_of::<NetnsLinkInfo>() as u32,
+        info: (&raw mut info) as u64,
+    };
+    // SAFETY: the kernel writes at most `length` bytes to `info`.
+    unsafe { bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr)? };
+    Ok(info.netns_inode)
 }
 
 /// Ids of the maps that a program uses.

@@ -1,6 +1,6 @@
 //! Who has which slot and which namespace; the same is on record for the next agent.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use parking_lot::Mutex;
 use picomesh_common::config::MAX_PODS;
@@ -15,19 +15,25 @@ pub(super) struct Claims {
     run_dir: RunDir,
     /// Held while the record file is written: one writer.
     records: Mutex<Vec<Record>>,
+    /// Slots whose pod is on no record (the run directory was emptied, or a build wrote it that
+    /// this one cannot read), with the inode of its namespace.
+    strays: Mutex<HashMap<u32, u64>>,
 }
 
 impl Claims {
-    pub(super) fn new(run_dir: RunDir, records: Vec<Record>) -> Self {
+    pub(super) fn new(run_dir: RunDir, records: Vec<Record>, strays: HashMap<u32, u64>) -> Self {
         Self {
             run_dir,
             records: Mutex::new(records),
+            strays: Mutex::new(strays),
         }
     }
 
-    /// Finds a slot; `record.slot` is filled in here. A pod that has one already keeps it.
-    pub(super) fn claim(&self, mut record: Record) -> Result<u32, PodError> {
+    /// Finds a slot; `record.slot` is filled in here. A pod that has one already keeps it, and so
+    /// does a namespace (`inode`) whose programs are found without a record.
+    pub(super) fn claim(&self, mut record: Record, inode: u64) -> Result<u32, PodError> {
         let mut records = self.records.lock();
+        let mut strays = self.strays.lock();
         let of_netns = |r: &&Record| r.cookie == record.cookie;
         if let Some(other) = records
             .iter()
@@ -45,14 +51,29 @@ impl Claims {
             self.run_dir.save(&records)?;
             return Ok(record.slot);
         }
-        let taken: HashSet<u32> = records.iter().map(|r| r.slot).collect();
-        record.slot = (0..MAX_PODS)
-            .find(|slot| !taken.contains(slot))
-            .ok_or(PodError::NoSlot)?;
+        let stray = strays.iter().find(|(_slot, of)| **of == inode);
+        record.slot = if let Some((slot, _inode)) = stray {
+            *slot
+        } else {
+            let taken: HashSet<u32> = records.iter().map(|r| r.slot).collect();
+            (0..MAX_PODS)
+                .find(|slot| !taken.contains(slot) && !strays.contains_key(slot))
+                .ok_or(PodError::NoSlot)?
+        };
         let slot = record.slot;
         records.push(record);
         self.run_dir.save(&records)?;
+        strays.remove(&slot);
         Ok(slot)
+    }
+
+    /// Slots that nobody has claimed although something is pinned for them.
+    pub(super) fn strays(&self) -> Vec<u32> {
+        self.strays.lock().keys().copied().collect()
+    }
+
+    pub(super) fn forget_stray(&self, slot: u32) {
+        self.strays.lock().remove(&slot);
     }
 
     pub(super) fn free(&self, uid: &PodUid) -> Result<(), PodError> {
@@ -81,7 +102,7 @@ mod tests {
     fn claims(dir: &Path) -> Claims {
         let run_dir = RunDir::open(dir).unwrap();
         let records = run_dir.records().unwrap();
-        Claims::new(run_dir, records)
+        Claims::new(run_dir, records, HashMap::from([(1, 77)]))
     }
 
     #[test]
@@ -89,27 +110,38 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("run");
         let first = claims(&path);
-        assert_eq!(first.claim(record("a", 1)).unwrap(), 0);
-        assert_eq!(first.claim(record("b", 2)).unwrap(), 1);
-        let error = first.claim(record("c", 1)).unwrap_err();
+        assert_eq!(first.claim(record("a", 1), 71).unwrap(), 0);
+        assert_eq!(first.claim(record("b", 2), 72).unwrap(), 2);
+        let error = first.claim(record("c", 1), 71).unwrap_err();
         assert_eq!(error.reason(), "netns_taken");
         assert!(error.to_string().contains("pod a "), "{error}");
 
         let next = claims(&path);
         assert_eq!(
-            next.claim(record("c", 2)).unwrap_err().reason(),
+            next.claim(record("c", 2), 72).unwrap_err().reason(),
             "netns_taken"
         );
         assert_eq!(
-            next.claim(record("b", 3)).unwrap(),
-            1,
+            next.claim(record("b", 3), 73).unwrap(),
+            2,
             "the same pod keeps its slot"
         );
         next.free(&PodUid::from("a")).unwrap();
         assert_eq!(
-            next.claim(record("c", 1)).unwrap(),
+            next.claim(record("c", 1), 71).unwrap(),
             0,
             "the lowest free slot"
         );
+    }
+
+    #[test]
+    fn a_namespace_without_a_record_has_the_slot_of_its_programs_and_nobody_else_has() {
+        let dir = tempfile::tempdir().unwrap();
+        let claims = claims(&dir.path().join("run"));
+        assert_eq!(claims.claim(record("a", 1), 70).unwrap(), 0);
+        assert_eq!(claims.claim(record("b", 2), 70).unwrap(), 2);
+        assert_eq!(claims.strays(), [1]);
+        assert_eq!(claims.claim(record("c", 3), 77).unwrap(), 1);
+        assert!(claims.strays().is_empty());
     }
 }

@@ -5,7 +5,7 @@
 //! a thread of its own. The order of the steps is the point of this file: at no moment may a
 //! packet be captured that nobody serves, or a connection pass that should be taken.
 
-use std::{collections::HashSet, net::IpAddr, os::fd::AsFd, path::Path, sync::Arc};
+use std::{collections::HashSet, os::fd::AsFd, path::Path, sync::Arc};
 
 use picomesh_common::{
     Addr, PodConfig, StandingKey, Tuple,
@@ -22,7 +22,7 @@ use super::{
     },
     captured::{Captured, Core, inside, list_connections},
     error::PodError,
-    leaving::{DevicesAre, undo},
+    leaving::{DevicesAre, close_unknown, undo},
     records::Record,
 };
 use crate::state::PodUid;
@@ -35,13 +35,15 @@ pub(super) fn enrol(core: &Core, pod: &DesiredPod) -> Result<Arc<Captured>, PodE
         });
     }
     // On record before anything is made: whoever finds the pieces must know whose they are.
-    let slot = core.claims.claim(Record {
+    let inode = netns.inode();
+    let record = Record {
         uid: pod.uid.to_string(),
         name: pod.name.clone(),
         slot: 0,
         netns: pod.netns.clone(),
         cookie: netns.cookie(),
-    })?;
+    };
+    let slot = core.claims.claim(record, inode)?;
     let handle = Arc::new(PodHandle::new(
         Arc::clone(&pod.uid),
         slot,
@@ -49,6 +51,13 @@ pub(super) fn enrol(core: &Core, pod: &DesiredPod) -> Result<Arc<Captured>, PodE
         core.owner.clone(),
     ));
     let captured = Arc::new(Captured::new(core, handle, &pod.name, &pod.netns));
+    if core.loader.netns_of(slot)? == Some(inode) {
+        // Its programs stand and keep it closed. To begin anew would open it, also after a failure.
+        let listeners = listeners_without_devices(core, &captured)?;
+        captured.install(core, listeners)?;
+        check(core, pod, &captured, &core.loader.standing()?)?;
+        return Ok(captured);
+    }
     match enrol_claimed(core, pod, &captured) {
         Ok(()) => Ok(captured),
         Err(error) => {
@@ -150,19 +159,25 @@ pub(super) fn check(
             repaired.push("addresses");
         }
     }
-    for (stale, _slot) in local
-        .iter()
-        .filter(|(addr, owner)| **owner == slot && !pod.ips.contains(&IpAddr::from(**addr)))
-    {
-        core.loader.remove_local(*stale)?;
-    }
+    core.loader.keep_local(slot, &pod.ips)?;
 
     let found = core.loader.pod_config(slot)?;
     let wanted = config(core, pod, 0);
+    // A slot is active before anything is attached. So these are programs of another layout, or
+    // maps were lost: what stood before, and what was ours, is known only so far as it could be
+    // taken over.
+    let inactive = found.flags & PodConfig::ACTIVE == 0;
+    let lost = inactive && core.loader.netns_of(slot)?.is_some();
+    if lost {
+        for key in core.loader.former_standing(slot) {
+            core.loader.insert_standing(&key)?;
+        }
+        core.loader.set_pod_config(slot, &wanted)?;
+    }
     // An agent that died while enrolling, or a pod that was on its way out, has connections that
     // nobody wrote down.
-    let unlisted = found.flags & (PodConfig::ENROLLING | PodConfig::LEAVING) != 0
-        || found.flags & PodConfig::ACTIVE == 0;
+    let unlisted =
+        !lost && (inactive || found.flags & (PodConfig::ENROLLING | PodConfig::LEAVING) != 0);
     if unlisted {
         core.loader
             .set_pod_config(slot, &config(core, pod, PodConfig::ENROLLING))?;
@@ -187,6 +202,19 @@ pub(super) fn check(
         }
     }
 
+    if lost {
+        let closed = inside(netns, || {
+            close_unknown(&core.loader, slot, core.marks, true)
+        })?;
+        tracing::warn!(
+            pod = captured.name,
+            closed,
+            standing = core.loader.former_standing(slot).len(),
+            "taken over from another layout, or from maps that were lost"
+        );
+        repaired.push("maps");
+    }
+
     let mut listed = standing.iter().filter(|key| key.slot == slot).peekable();
     if unlisted || listed.peek().is_some() {
         let connections = inside(netns, || list_connections(core))?;
@@ -202,7 +230,7 @@ pub(super) fn check(
             core.loader.remove_standing(gone)?;
         }
     }
-    if found != wanted {
+    if found != wanted && !lost {
         core.loader.set_pod_config(slot, &wanted)?;
         repaired.push("config");
     }
@@ -231,14 +259,7 @@ pub(super) fn adopt(core: &Core, record: &Record) -> Result<Option<Adopted>, Pod
     let handle = Arc::new(PodHandle::new(uid, slot, netns, core.owner.clone()));
     let captured = Arc::new(Captured::new(core, handle, &record.name, &record.netns));
     // The programs drop what nobody listens to, so listeners come before everything else.
-    let listeners = inside(captured.handle.netns(), || {
-        match make_listeners(core, true) {
-            Err(PodError::Sockets { source, .. }) if sockets::is_no_ipv6(&source) => {
-                make_listeners(core, false)
-            }
-            other => other,
-        }
-    })?;
+    let listeners = listeners_without_devices(core, &captured)?;
     captured.keep_members(&listeners)?;
     captured.put_in_map(core)?;
     Ok(Some(Adopted {
@@ -257,6 +278,21 @@ fn config(core: &Core, pod: &DesiredPod, extra: u32) -> PodConfig {
         flags: PodConfig::ACTIVE | open | extra,
         ..pod.config
     }
+}
+
+/// Listeners for a pod of which nobody has asked yet whether it has IPv6.
+fn listeners_without_devices(
+    core: &Core,
+    captured: &Captured,
+) -> Result<Vec<PodListeners>, PodError> {
+    inside(captured.handle.netns(), || {
+        match make_listeners(core, true) {
+            Err(PodError::Sockets { source, .. }) if sockets::is_no_ipv6(&source) => {
+                make_listeners(core, false)
+            }
+            other => other,
+        }
+    })
 }
 
 fn make_listeners(core: &Core, ipv6: bool) -> Result<Vec<PodListeners>, PodError> {

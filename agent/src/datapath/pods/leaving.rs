@@ -144,24 +144,12 @@ pub(super) fn clean(
     if let Some(netns) = netns {
         inside(&netns, || {
             let config = loader.pod_config(record.slot)?;
-            let connections =
-                diag::connections(marks.ours).map_err(|source| PodError::Sockets {
-                    doing: "listing sockets",
-                    source,
-                })?;
-            let known = Known::of(loader, record.slot, config)?;
-            let captured = config.flags & PodConfig::ACTIVE != 0
-                && config.flags
-                    & (PodConfig::ENROLLING | PodConfig::LEAVING | PodConfig::FAIL_OPEN)
-                    == 0;
-            close(
-                connections
-                    .apps
-                    .iter()
-                    .filter(|pair| captured && !known.is_plain(pair))
-                    .chain(&connections.taken)
-                    .chain(&connections.ours),
-            );
+            let open = PodConfig::ENROLLING | PodConfig::LEAVING | PodConfig::FAIL_OPEN;
+            let active = config.flags & PodConfig::ACTIVE != 0;
+            // Pinned and not active: of another layout, or its maps were lost.
+            let captured = (active && config.flags & open == 0)
+                || (!active && loader.netns_of(record.slot)?.is_some());
+            close_unknown(loader, record.slot, marks, captured)?;
             loader.detach(record.slot, &devices::interfaces()?)?;
             Ok(devices::remove(&DeviceOwner {
                 alias,
@@ -172,6 +160,29 @@ pub(super) fn clean(
         loader.detach(record.slot, &[])?;
     }
     Ok(loader.clear_slot(record.slot)?)
+}
+
+/// Closes what is ours in the calling thread's namespace, and, if the pod `was_captured`, every
+/// connection of the application that is not known to be plain by right. How many were closed.
+pub(super) fn close_unknown(
+    loader: &Loader,
+    slot: u32,
+    marks: Marks,
+    was_captured: bool,
+) -> Result<usize, PodError> {
+    let connections = diag::connections(marks.ours).map_err(|source| PodError::Sockets {
+        doing: "listing sockets",
+        source,
+    })?;
+    let known = Known::of(loader, slot, loader.pod_config(slot)?)?;
+    Ok(close(
+        connections
+            .apps
+            .iter()
+            .filter(|pair| was_captured && !known.is_plain(pair))
+            .chain(&connections.taken)
+            .chain(&connections.ours),
+    ))
 }
 
 /// Connections of an application that are plain by right.
@@ -186,7 +197,8 @@ impl Known {
     }
 
     fn of(loader: &Loader, slot: u32, config: PodConfig) -> Result<Self, PodError> {
-        let standing = loader.standing()?.into_iter();
+        let former = loader.former_standing(slot);
+        let standing = loader.standing()?.into_iter().chain(former);
         let probes = loader.probes()?.into_iter().map(|(key, _state)| key);
         let plain = standing
             .chain(probes)
@@ -227,11 +239,17 @@ fn is_link_local(ip: IpAddr) -> bool {
 
 /// Closing needs a kernel with CONFIG_INET_DIAG_DESTROY. Without it the far end's stack resets
 /// the connection at its next packet.
-fn close<'a>(connections: impl Iterator<Item = &'a (SocketAddr, SocketAddr)>) {
+fn close<'a>(connections: impl Iterator<Item = &'a (SocketAddr, SocketAddr)>) -> usize {
     match diag::destroy(connections) {
-        Ok(0) => {}
-        Ok(closed) => tracing::info!(closed, "closed connections that the mesh had carried"),
-        Err(error) => tracing::warn!(%error, "cannot close connections of a pod that left"),
+        Ok(0) => 0,
+        Ok(closed) => {
+            tracing::info!(closed, "closed connections that the mesh had carried");
+            closed
+        }
+        Err(error) => {
+            tracing::warn!(%error, "cannot close connections of a pod that left");
+            0
+        }
     }
 }
 

@@ -23,8 +23,9 @@ use super::{
 };
 use crate::state::PodUid;
 
-/// A full turn: the kernel's state of every pod is read and compared.
-const FULL_TURN: Duration = Duration::from_secs(30);
+/// A full turn: the kernel's state of every pod is read and compared. What somebody undid must be
+/// mended within 30 seconds.
+const FULL_TURN: Duration = Duration::from_secs(20);
 
 /// Enrolments at a time. Loading programs is mostly CPU, so more would only take from the data
 /// threads.
@@ -59,6 +60,9 @@ impl Reconciler {
             }
             let jobs = self.table.lock().jobs(all, now);
             self.work(jobs).await;
+            if self.table.lock().is_well() {
+                self.tidy().await;
+            }
 
             let wake = self.table.lock().next_look(Instant::now());
             let wake = wake.map_or(next_full, |wake| wake.min(next_full));
@@ -111,7 +115,38 @@ impl Reconciler {
         }
     }
 
+    /// Every pod that should be captured is. What is pinned beside them is nobody's.
+    async fn tidy(&self) {
+        let core = Arc::clone(&self.core);
+        let strays = core.claims.strays();
+        if strays.is_empty() && !core.loader.has_former() {
+            return;
+        }
+        let tidied = spawn_blocking(move || -> Result<(), LoaderError> {
+            for slot in strays {
+                tracing::warn!(slot, "nobody claims what is pinned here; taking it off");
+                core.loader.detach(slot, &[])?;
+                core.loader.clear_slot(slot)?;
+                core.claims.forget_stray(slot);
+            }
+            core.loader.forget_former()
+        });
+        if let Ok(Err(error)) = tidied.await {
+            tracing::warn!(%error, "cannot remove what an earlier agent left");
+        }
+    }
+
     async fn look_at_host(&self) {
+        let core = Arc::clone(&self.core);
+        match spawn_blocking(move || core.loader.mend_pins()).await {
+            Ok(Ok(mended)) if mended.is_empty() => {}
+            Ok(Ok(mended)) => {
+                tracing::warn!(maps = ?mended, "mended: somebody removed pins of maps");
+                self.table.lock().shared_repairs += 1;
+            }
+            Ok(Err(error)) => tracing::warn!(%error, "cannot mend the pins of maps"),
+            Err(_ending) => return,
+        }
         let core = Arc::clone(&self.core);
         let result = spawn_blocking(move || core.loader.attach_host_sockets()).await;
         let problem = match result {

@@ -21,6 +21,7 @@ pub(super) struct Table {
     /// The desired pods are known: until then nobody is un-enrolled.
     pub(super) known: bool,
     pub(super) host_problem: Option<(&'static str, String)>,
+    pub(super) shared_repairs: u64,
 }
 
 impl Table {
@@ -33,6 +34,7 @@ impl Table {
                 stage: Stage::Captured(captured),
                 failure: None,
                 repairs: 0,
+                mended: Vec::new(),
                 stale: true,
             },
         );
@@ -56,6 +58,7 @@ impl Table {
                     stage: Stage::Pending,
                     failure: None,
                     repairs: 0,
+                    mended: Vec::new(),
                     stale: false,
                 });
             entry.name.clone_from(&pod.name);
@@ -136,6 +139,18 @@ impl Table {
         }
     }
 
+    /// Has every pod been tried?
+    pub(super) fn is_tried(&self) -> bool {
+        let mut all = self.pods.values();
+        all.all(|entry| !matches!(entry.stage, Stage::Pending))
+    }
+
+    /// Is every pod as it should be?
+    pub(super) fn is_well(&self) -> bool {
+        let mut all = self.pods.values();
+        self.known && self.is_tried() && all.all(|entry| entry.failure.is_none() && !entry.stale)
+    }
+
     /// When the loop must look again although nothing happened.
     pub(super) fn next_look(&self, now: Instant) -> Option<Instant> {
         self.pods
@@ -158,6 +173,7 @@ pub(super) struct Entry {
     /// What went wrong last, until it goes right.
     failure: Option<Failure>,
     repairs: u64,
+    mended: Vec<&'static str>,
     /// Something changed that a check must carry over to the kernel.
     stale: bool,
 }
@@ -228,8 +244,13 @@ impl Entry {
                     tracing::info!(pod = self.name, "captured again before it had left");
                     self.stage = Stage::Captured(Arc::clone(captured));
                 } else if !repaired.is_empty() {
-                    tracing::info!(pod = self.name, ?repaired, "mended");
+                    if repaired.iter().all(|word| is_ordinary(word)) {
+                        tracing::info!(pod = self.name, ?repaired, "brought up to date");
+                    } else {
+                        tracing::warn!(pod = self.name, ?repaired, "mended what somebody undid");
+                    }
                     self.repairs += 1;
+                    self.mended = repaired;
                 }
             }
             Outcome::StillLeaving => {}
@@ -289,9 +310,15 @@ impl Entry {
                 .as_ref()
                 .map(|f| (f.reason, f.sentence.clone())),
             repairs: self.repairs,
+            mended: self.mended.clone(),
             counters: Vec::new(),
         }
     }
+}
+
+/// Does this repair follow from a new build or new settings?
+fn is_ordinary(word: &str) -> bool {
+    matches!(word, "build" | "config" | "addresses" | "listeners")
 }
 
 const LEAVING_LOOK: Duration = Duration::from_millis(500);
