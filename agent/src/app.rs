@@ -177,12 +177,16 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
         mesh_of.0,
         mesh_of.1,
         outputs,
-        (manifests_read, read),
+        move || {
+            manifests_read.done();
+            // Only this start waits for it.
+            let _waiting = read.send(());
+        },
         async move { end.begun().await },
     ));
     tokio::select! {
-        // Dropped unsent, with the readiness task, when the first mesh is published.
-        _ = was_read => {}
+        // Unsent, the reading has failed: the other branch knows why.
+        Ok(()) = was_read => {}
         ended = &mut manifests => ended?.context("--manifests")?,
     }
     tasks.push(tokio::spawn(async move {
@@ -276,7 +280,7 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
         while !settling.is_settled() {
             sleep(Duration::from_millis(20)).await;
         }
-        drop(pods_tried);
+        pods_tried.done();
     }));
     tasks.push(tokio::spawn(give_memory_back(readiness.clone(), changes)));
 
@@ -380,7 +384,7 @@ async fn await_certificates(identities: Identities, held: crate::readiness::Task
     loop {
         let all = identities.status();
         if all.iter().all(|certificate| certificate.state == "ready") {
-            drop(held);
+            held.done();
             return;
         }
         tokio::select! {
