@@ -427,16 +427,20 @@ fn open_access_log(config: &Config) -> anyhow::Result<AccessLog> {
         LogFormat::Text => access_log::Format::Text,
         LogFormat::Json => access_log::Format::Json,
     };
+    let style = access_log::Style {
+        format,
+        cluster_domain: Arc::clone(&config.mesh.cluster_domain),
+    };
     Ok(match &config.access_log {
         AccessLogTarget::Off => AccessLog::off(),
-        AccessLogTarget::Stdout => AccessLog::start(format, io::stdout())?,
+        AccessLogTarget::Stdout => AccessLog::start(style, io::stdout())?,
         AccessLogTarget::File(path) => {
             let file = OpenOptions::new()
                 .create(true)
                 .append(true)
                 .open(path)
                 .with_context(|| format!("--access-log {}", path.display()))?;
-            AccessLog::start(format, file)?
+            AccessLog::start(style, file)?
         }
     })
 }

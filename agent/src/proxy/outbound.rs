@@ -32,7 +32,7 @@ use crate::{
     state::{
         Mesh, Workload,
         balance::{self, Affinity},
-        policy::{Client, ClientIdentity},
+        policy::{Client, ClientIdentity, PolicyRef},
         resolve::{Carrier, Destination, Endpoint, ServiceFrontend, resolve},
     },
 };
@@ -123,7 +123,7 @@ async fn establish(
     report: &mut Report,
 ) -> Result<Standing, Refusal> {
     let mesh = thread.mesh();
-    let (peer, target) = (report.record.src_addr, report.record.dst_addr);
+    let (peer, target) = (report.record.src_addr, report.target);
     let Some(caller) = mesh.workloads.get(pod.sockets.uid()) else {
         return Err(Refusal::new(
             Reason::UnknownPod,
@@ -148,10 +148,10 @@ async fn establish(
             Ok(hop) => hop,
             Err(refused) => {
                 if let Some((endpoint, denied)) = refused.denied.map(|denied| *denied) {
-                    let info = inbound_info(caller, &endpoint, target, None, denied.server.clone());
-                    if let Some(info) = info {
+                    if let Some(info) = inbound_info(caller, &endpoint, None, denied.server) {
                         thread.recorder.authz(&info, false);
                     }
+                    report.record.dst_addr = endpoint.addr;
                     report.record.dst_workload = endpoint.workload;
                 }
                 return Err(refused.refusal);
@@ -159,8 +159,11 @@ async fn establish(
         };
         note(report, caller, &hop);
         match reach(thread, pod, &mesh, caller, report, &hop).await {
-            Ok((far, hbone)) => {
-                report.record.dst_hbone_addr = hbone;
+            Ok((far, tunnel)) => {
+                if let Some(remote) = tunnel {
+                    report.record.dst_addr = remote;
+                    report.record.dst_hbone_addr = Some(hop.endpoint.addr);
+                }
                 return Ok(begin(thread, &mesh, caller, report, &destination, hop, far));
             }
             Err(refusal) => {
@@ -283,6 +286,7 @@ fn pick(
 
 fn note(report: &mut Report, caller: &Workload, hop: &Hop) {
     let record = &mut report.record;
+    record.dst_addr = hop.endpoint.addr;
     record.dst_workload = hop.endpoint.workload.clone();
     let proven = match hop.endpoint.carrier {
         Carrier::Local | Carrier::Tunnel { .. } => true,
@@ -353,7 +357,6 @@ fn begin(
     hop: Hop,
     far: Far,
 ) -> Standing {
-    let target = report.record.dst_addr;
     let tls = match hop.endpoint.carrier {
         Carrier::Local => TlsStatus::SameNode,
         Carrier::Tunnel { .. } => TlsStatus::True,
@@ -370,7 +373,8 @@ fn begin(
         peer: hop.endpoint.workload.clone(),
         client_id: report.record.src_identity.clone(),
         server_id: report.record.dst_identity.clone(),
-        target,
+        target: report.target,
+        endpoint: hop.endpoint.addr,
         service,
         tls,
         server: None,
@@ -387,14 +391,7 @@ fn begin(
             },
             port: hop.endpoint.addr.port(),
         });
-        let endpoint = hop.endpoint.addr;
-        inbound = inbound_info(
-            caller,
-            &hop.endpoint,
-            endpoint,
-            allowed.authz,
-            allowed.server,
-        );
+        inbound = inbound_info(caller, &hop.endpoint, allowed.authz, allowed.server);
         if allowed.audited {
             tracing::info!(client = %caller.identity, callee = %workload.key,
                 "audit: policy would deny this connection");
@@ -421,9 +418,8 @@ fn begin(
 fn inbound_info(
     caller: &Arc<Workload>,
     endpoint: &Endpoint,
-    target: SocketAddr,
-    authz: Option<crate::state::policy::PolicyRef>,
-    server: Option<crate::state::policy::PolicyRef>,
+    authz: Option<PolicyRef>,
+    server: Option<PolicyRef>,
 ) -> Option<FlowInfo> {
     let callee = endpoint.workload.as_ref()?;
     Some(FlowInfo {
@@ -432,7 +428,8 @@ fn inbound_info(
         peer: Some(Arc::clone(caller)),
         client_id: Some(caller.identity.clone()),
         server_id: Some(callee.identity.clone()),
-        target,
+        target: endpoint.addr,
+        endpoint: endpoint.addr,
         service: None,
         tls: TlsStatus::SameNode,
         server,

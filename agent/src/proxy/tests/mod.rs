@@ -7,4 +7,5 @@ mod attacks;
 mod ends;
 mod policy;
 mod relay;
+mod tunnels;
 mod world;
