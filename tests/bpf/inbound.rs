@@ -3,8 +3,9 @@
 use std::{
     fs,
     io::{ErrorKind, Read, Write},
-    net::SocketAddr,
+    net::{SocketAddr, TcpListener},
     os::fd::AsFd,
+    time::Duration,
 };
 
 use anyhow::{Context, Result, ensure};
@@ -18,9 +19,10 @@ use crate::{
     frames::{ACK, Frame, SYN, Wire, tcp_of},
     outbound::vanish,
     topology::{
-        QUIET, SLOT, SOON, Setup, Topology, accept, accept_within, active, attempt, dial,
-        dial_from, families, serve,
+        FAMILIES, Family, Listeners, QUIET, SLOT, SOON, Setup, Topology, accept, accept_within,
+        active, attempt, dial, dial_from, families, serve,
     },
+    verdicts::{PASS, REDIRECT, run},
 };
 
 pub(crate) const TESTS: &[Test] = &[
@@ -45,6 +47,10 @@ pub(crate) const TESTS: &[Test] = &[
     ("sk_lookup_without_a_listener_drops", steered_nowhere),
     ("a_reused_port_in_time_wait_goes_to_the_listener", time_wait),
     ("a_syn_cookies_ack_goes_to_the_listener", syn_cookie),
+    (
+        "a_cookie_is_not_redeemed_again_behind_a_closed_connection",
+        closed_behind_a_cookie,
+    ),
     (
         "an_application_never_accepts_by_a_race_with_listen",
         request_race,
@@ -241,16 +247,7 @@ fn time_wait(setup: &Setup) -> Result<()> {
 fn syn_cookie(setup: &Setup) -> Result<()> {
     for family in families() {
         let topology = Topology::unattached(setup)?;
-        topology
-            .pod
-            .enter(|| Ok(fs::write("/proc/sys/net/ipv4/tcp_syncookies", "2")?))?;
-        let app = serve(&topology.pod, SocketAddr::new(family.pod, 80))?;
-        // The application's listener has seen a flood of its own, so it takes cookies.
-        let _before = dial(&topology.client, app.local_addr()?)?;
-        accept(&app)?;
-        topology.loader.set_pod_config(SLOT, &active())?;
-        topology.attach()?;
-        let listeners = topology.listen_as_proxy()?;
+        let (app, listeners) = serve_with_cookies(&topology, family)?;
         let mut client = dial(&topology.client, app.local_addr()?)?;
         client.write_all(b"hello")?;
         let past = accept_within(&app, QUIET)?;
@@ -258,6 +255,74 @@ fn syn_cookie(setup: &Setup) -> Result<()> {
         accept(&listeners.inbound[family.index as usize])?;
     }
     Ok(())
+}
+
+/// The stack looks for a packet's socket a moment after we did, and a connection of ours may be
+/// closed in that moment. Its first data carry the numbers that redeem its cookie. Here the
+/// moment lasts: the verdict on the data is taken while our socket stands, and what it leads to
+/// happens when it is closed.
+fn closed_behind_a_cookie(setup: &Setup) -> Result<()> {
+    const DATA: &[u8] = b"behind the cookie";
+    for family in families() {
+        let topology = Topology::unattached(setup)?;
+        // A way into the pod without programs: what a packet is once it has passed.
+        topology.pod.run(
+            "ip link add passed type veth peer name way
+             ip link set passed address 02:00:00:00:00:77 up
+             ip link set way up",
+        )?;
+        let (app, listeners) = serve_with_cookies(&topology, family)?;
+        let wire = Wire::open(&topology.node, "topod")?;
+        let mut client = dial(&topology.client, app.local_addr()?)?;
+        let (taken, peer) = accept(&listeners.inbound[family.index as usize])?;
+        client.write_all(DATA)?;
+        let seen = wire
+            .find(SOON, |frame| frame.ends_with(DATA))
+            .context("the data are not on the wire")?;
+        let tcp = if family.pod.is_ipv4() { 34 } else { 54 };
+        let number = |at: usize| u32::from_be_bytes([0, 1, 2, 3].map(|i| seen[tcp + at + i]));
+        let mut data = Frame::bare(peer, app.local_addr()?, ACK).payload(DATA);
+        (data.sequence, data.acknowledged) = (number(4), number(8));
+
+        let ran = run(&topology, "ingress", &data.bytes(), 0)?;
+        socket2::SockRef::from(&taken).set_linger(Some(Duration::ZERO))?;
+        drop(taken);
+        if ran.verdict == PASS {
+            data.to_mac = [2, 0, 0, 0, 0, 0x77];
+            Wire::open(&topology.pod, "way")?.send(&data.bytes())?;
+        } else {
+            ensure!(
+                ran.verdict == REDIRECT && ran.frame[..6] == MESH1_MAC,
+                "{ran:?}"
+            );
+            data.to_mac = MESH1_MAC;
+            Wire::open(&topology.pod, "mesh0")?.send(&data.bytes())?;
+        }
+        ensure!(
+            accept_within(&app, QUIET)?.is_none(),
+            "the application accepted a stranger by a cookie of ours"
+        );
+        // It was good for a connection, and only ours.
+        let (mut again, _peer) = accept(&listeners.inbound[family.index as usize])?;
+        let mut got = [0; DATA.len()];
+        again.read_exact(&mut got)?;
+        ensure!(got == DATA);
+    }
+    Ok(())
+}
+
+/// An application in a pod where every SYN is answered with a cookie, enrolled when it has taken
+/// one itself: from then on it takes any that is good.
+fn serve_with_cookies(topology: &Topology, family: Family) -> Result<(TcpListener, Listeners)> {
+    topology
+        .pod
+        .enter(|| Ok(fs::write("/proc/sys/net/ipv4/tcp_syncookies", "2")?))?;
+    let app = serve(&topology.pod, SocketAddr::new(family.pod, 80))?;
+    let _before = dial(&topology.client, app.local_addr()?)?;
+    accept(&app)?;
+    topology.loader.set_pod_config(SLOT, &active())?;
+    topology.attach()?;
+    Ok((app, topology.listen_as_proxy()?))
 }
 
 /// A SYN that came past us a moment before `listen` leaves a request of the application's. Here

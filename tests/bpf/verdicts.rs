@@ -35,9 +35,9 @@ pub(crate) const TESTS: &[Test] = &[
     ("steer_leaves_other_devices_alone", steer),
 ];
 
-const PASS: u32 = u32::MAX;
+pub(crate) const PASS: u32 = u32::MAX;
 const DROP: u32 = 2;
-const REDIRECT: u32 = 7;
+pub(crate) const REDIRECT: u32 = 7;
 
 fn egress_takes(setup: &Setup) -> Result<()> {
     let (topology, _listeners) = Topology::with_listeners(setup)?;
@@ -260,14 +260,14 @@ fn steer(setup: &Setup) -> Result<()> {
 }
 
 #[derive(Debug)]
-struct Ran {
-    verdict: u32,
+pub(crate) struct Ran {
+    pub(crate) verdict: u32,
     mark: u32,
-    frame: Vec<u8>,
+    pub(crate) frame: Vec<u8>,
 }
 
 /// Runs the pod's pinned program on `frame`, with `mark` in its context.
-fn run(topology: &Topology, direction: &str, frame: &[u8], mark: u32) -> Result<Ran> {
+pub(crate) fn run(topology: &Topology, direction: &str, frame: &[u8], mark: u32) -> Result<Ran> {
     const CONTEXT: usize = 192;
     const MARK_AT: usize = 8;
     let pin = topology

@@ -31,17 +31,15 @@ impl Netns {
         std::path::Path::new("/run/netns").join(&self.name)
     }
 
-    /// `ip -n NAME …`
+    /// `ip …` inside.
     pub(crate) fn ip(&self, args: &[&str]) -> Result<String> {
-        let mut all = vec!["ip", "-n", &self.name];
-        all.extend(args);
-        run(&all)
+        self.exec(&[&["ip"], args].concat())
     }
 
+    /// Runs a program inside. Not by `ip netns exec`: that mounts, which fails in a chroot whose
+    /// root is no mount point.
     pub(crate) fn exec(&self, args: &[&str]) -> Result<String> {
-        let mut all = vec!["ip", "netns", "exec", &self.name];
-        all.extend(args);
-        run(&all)
+        self.run(|| run(args))?
     }
 
     /// Runs `work` on a thread inside.

@@ -25,13 +25,13 @@ echo "kernel $(uname -r)"
 [ -e /proc/net/if_inet6 ] || echo "lacks IPv6"
 
 echo "tier bpf"
-/tests/bpf --test-threads 2 $FILTER
+/tests/bpf --color never --test-threads 2 $FILTER
 echo "ended bpf"
 
 export PICOMESH_AGENT=/tests/picomesh-agent
 echo "tier mesh"
 while read -r test; do
-    /tests/mesh --exact "$test"
+    /tests/mesh --color never --exact "$test"
 done </tests/smoke
 echo "ended mesh"
 echo "done"
