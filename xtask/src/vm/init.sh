@@ -2,7 +2,8 @@
 # The first process of a test machine. Makes what the tests need of a system, runs them, and turns
 # the machine off. What it says goes to the second serial port, line by line: `lacks WORDS`,
 # `tier NAME`, what the tests print, `ended NAME`, and at last `done`; what the kernel says stays
-# on the first. From the kernel's command line come HIDE_BTF and FILTER as variables.
+# on the first. From the kernel's command line come HIDE_BTF, FILTER and
+# PICOMESH_TEST_SLOWNESS as variables.
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TMPDIR=/tmp
 mount -t proc proc /proc
 mount -t sysfs sys /sys
