@@ -8,4 +8,5 @@ mod ends;
 mod network_policy;
 mod policy;
 mod relay;
+mod tunnels;
 mod world;
