@@ -152,10 +152,10 @@ async fn establish(
                     if let Some(info) = info {
                         thread.recorder.authz(&info, false);
                     }
-                    report.record.dst_addr = callee.endpoint.addr;
                 }
-                if refused.toward.is_some() {
-                    report.record.dst_workload = refused.toward;
+                if let Some((endpoint, workload)) = refused.toward {
+                    report.record.dst_addr = endpoint;
+                    report.record.dst_workload = workload;
                 }
                 return Err(refused.refusal);
             }
@@ -196,8 +196,8 @@ async fn establish(
 /// Why there is no hop.
 struct Refused {
     refusal: Refusal,
-    /// The pod that was picked, if it came so far.
-    toward: Option<Arc<Workload>>,
+    /// What was picked, if it came so far.
+    toward: Option<(SocketAddr, Option<Arc<Workload>>)>,
     by_callee: Option<Box<ByCallee>>,
 }
 
@@ -248,7 +248,7 @@ fn decide(
     if let Err(refusal) = authz::leaves(caller, endpoint.addr, endpoint.workload.as_deref()) {
         return Err(Refused {
             refusal,
-            toward: endpoint.workload,
+            toward: Some((endpoint.addr, endpoint.workload)),
             by_callee: None,
         });
     }
@@ -265,7 +265,7 @@ fn decide(
                 Err(denied) => {
                     return Err(Refused {
                         refusal: denied.refusal,
-                        toward: Some(Arc::clone(callee)),
+                        toward: Some((endpoint.addr, Some(Arc::clone(callee)))),
                         by_callee: Some(Box::new(ByCallee {
                             server: denied.server,
                             endpoint,

@@ -11,7 +11,7 @@ use tokio::{
 use super::world::*;
 use crate::state::objects::DefaultPolicy;
 
-async fn expect_reset(stream: &mut TcpStream, patience: Duration) {
+pub(super) async fn expect_reset(stream: &mut TcpStream, patience: Duration) {
     let mut byte = [0];
     let read = timeout(patience, stream.read(&mut byte))
         .await
