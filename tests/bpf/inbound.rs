@@ -19,8 +19,8 @@ use crate::{
     frames::{ACK, Frame, SYN, Wire, tcp_of},
     outbound::vanish,
     topology::{
-        FAMILIES, Family, Listeners, QUIET, SLOT, SOON, Setup, Topology, accept, accept_within,
-        active, attempt, dial, dial_from, families, serve,
+        Family, Listeners, QUIET, SLOT, SOON, Setup, Topology, accept, accept_within, active,
+        attempt, dial, dial_from, families, serve,
     },
     verdicts::{PASS, REDIRECT, run},
 };
