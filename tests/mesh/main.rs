@@ -8,6 +8,7 @@ mod ground;
 mod harness;
 mod identity_attacks;
 mod lifecycle;
+mod network_policy;
 mod policy;
 mod scale;
 mod services;
@@ -24,6 +25,7 @@ fn main() -> ExitCode {
             world::TESTS,
             traffic::TESTS,
             policy::TESTS,
+            network_policy::TESTS,
             failclosed::TESTS,
             identity_attacks::TESTS,
             lifecycle::TESTS,
