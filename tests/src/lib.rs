@@ -11,6 +11,7 @@
 pub mod agent;
 pub mod capture;
 pub mod client;
+pub mod crowd;
 pub mod frames;
 pub mod hooks;
 pub mod load;
