@@ -340,12 +340,14 @@ mod tests {
             host_network: false,
             meshed: true,
             labels: Default::default(),
+            namespace_labels: Default::default(),
             owner: None,
             ports: Vec::new(),
             skip_inbound: Vec::new(),
             skip_outbound: Vec::new(),
             outbound_default: OutboundDefault::Allow,
             policy: None,
+            network: None,
         }))
     }
 

@@ -18,7 +18,7 @@ use crate::{
     cache::CARGO_DENY,
     mutants,
     needs::{self, Purpose},
-    shell,
+    shell, vm,
 };
 
 #[derive(clap::Args)]
@@ -32,7 +32,7 @@ pub(crate) struct Args {
     /// Name the tests instead of running them
     #[arg(long)]
     list: bool,
-    /// Also take out one rule of the kernel half at a time and demand red, and run `mutants`
+    /// Also take out one rule of the kernel half at a time and demand red, and run `mutants` and `vm`
     #[arg(long)]
     full: bool,
 }
@@ -86,6 +86,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         total.add(rules::run());
         println!("== mutants ==");
         total.add(mutants::count());
+        println!("== vm ==");
+        total.add(vm::count());
     }
     for name in &total.failures {
         println!("failed: {name}");

@@ -19,6 +19,7 @@ fn workload(name: &str, deployment: &str) -> Arc<Workload> {
         host_network: false,
         meshed: true,
         labels: [(Arc::from("app"), Arc::from(deployment))].into(),
+        namespace_labels: Default::default(),
         owner: Some(Owner {
             kind: Arc::from("deployment"),
             name: Arc::from(deployment),
@@ -28,6 +29,7 @@ fn workload(name: &str, deployment: &str) -> Arc<Workload> {
         skip_outbound: Vec::new(),
         outbound_default: OutboundDefault::Allow,
         policy: None,
+        network: None,
         key,
     })
 }

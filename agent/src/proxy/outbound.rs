@@ -18,7 +18,7 @@ use tokio::net::TcpStream;
 
 use super::{
     authz::{self, Allowed},
-    conns::{Callee, Conn},
+    conns::{Callee, Caller, Conn},
     copy::{Counted, End, Meter, Receive, Shared, SocketPump, StreamPump, Toward},
     reason::Reason,
     report::{Refusal, Report},
@@ -32,7 +32,7 @@ use crate::{
     state::{
         Mesh, Workload,
         balance::{self, Affinity},
-        policy::{Client, ClientIdentity},
+        policy::{Client, ClientIdentity, PolicyRef},
         resolve::{Carrier, Destination, Endpoint, ServiceFrontend, resolve},
     },
 };
@@ -144,15 +144,17 @@ async fn establish(
     }
     let mut tried = Vec::new();
     loop {
-        let hop = match decide(thread, caller, peer, &destination, &tried) {
+        let hop = match decide(thread, &mesh, caller, peer, &destination, &tried) {
             Ok(hop) => hop,
             Err(refused) => {
-                if let Some((endpoint, denied)) = refused.denied.map(|denied| *denied) {
-                    let info = inbound_info(caller, &endpoint, target, None, denied.server.clone());
+                if let Some(callee) = refused.by_callee {
+                    let info = inbound_info(caller, &callee.endpoint, target, None, callee.server);
                     if let Some(info) = info {
                         thread.recorder.authz(&info, false);
                     }
-                    report.record.dst_workload = endpoint.workload;
+                }
+                if refused.toward.is_some() {
+                    report.record.dst_workload = refused.toward;
                 }
                 return Err(refused.refusal);
             }
@@ -190,22 +192,32 @@ async fn establish(
 /// Why there is no hop.
 struct Refused {
     refusal: Refusal,
-    /// Policy of a pod of this node said so.
-    denied: Option<Box<(Endpoint, authz::Denied)>>,
+    /// The pod that was picked, if it came so far.
+    toward: Option<Arc<Workload>>,
+    by_callee: Option<Box<ByCallee>>,
+}
+
+/// Policy of a pod of this node said no.
+struct ByCallee {
+    endpoint: Endpoint,
+    server: Option<PolicyRef>,
 }
 
 impl From<Refusal> for Refused {
     fn from(refusal: Refusal) -> Self {
         Self {
             refusal,
-            denied: None,
+            toward: None,
+            by_callee: None,
         }
     }
 }
 
-/// Where next? Asks the balancer and the callee's policy, touches nothing.
+/// Where next? Asks the balancer, the caller's policies and those of a callee on this node; touches
+/// nothing.
 fn decide(
     thread: &Thread,
+    mesh: &Mesh,
     caller: &Workload,
     peer: SocketAddr,
     destination: &Destination,
@@ -229,25 +241,31 @@ fn decide(
             return Err(Refusal::from(Reason::from(*reason)).into());
         }
     };
+    if let Err(refusal) = authz::leaves(caller, endpoint.addr, endpoint.workload.as_deref()) {
+        return Err(Refused {
+            refusal,
+            toward: endpoint.workload,
+            by_callee: None,
+        });
+    }
     let allowed = match (&endpoint.carrier, &endpoint.workload) {
         (Carrier::Local, Some(callee)) => {
             // Proven: the netns whose listener accepted it cannot be forged.
             let client = Client {
                 ip: peer.ip(),
+                pod: Some(caller.uid.clone()),
                 identity: ClientIdentity::Proven(caller.identity.clone()),
             };
-            match authz::decide(callee, &client, endpoint.addr.port()) {
+            match authz::decide(mesh, callee, &client, endpoint.addr.port()) {
                 Ok(allowed) => Some(allowed),
                 Err(denied) => {
-                    let detail = format!(
-                        "{} may not call port {} of {}",
-                        caller.identity,
-                        endpoint.addr.port(),
-                        callee.key
-                    );
                     return Err(Refused {
-                        refusal: Refusal::new(denied.reason, detail),
-                        denied: Some(Box::new((endpoint, denied))),
+                        refusal: denied.refusal,
+                        toward: Some(Arc::clone(callee)),
+                        by_callee: Some(Box::new(ByCallee {
+                            server: denied.server,
+                            endpoint,
+                        })),
                     });
                 }
             }
@@ -383,6 +401,7 @@ fn begin(
             uid: workload.uid.clone(),
             client: Client {
                 ip: report.record.src_addr.ip(),
+                pod: Some(caller.uid.clone()),
                 identity: ClientIdentity::Proven(caller.identity.clone()),
             },
             port: hop.endpoint.addr.port(),
@@ -400,6 +419,11 @@ fn begin(
                 "audit: policy would deny this connection");
         }
     }
+    let from = Caller {
+        uid: caller.uid.clone(),
+        endpoint: hop.endpoint.addr,
+        callee: hop.endpoint.workload.as_ref().map(|pod| pod.uid.clone()),
+    };
     let inbound = inbound.map(|info| {
         thread.recorder.authz(&info, true);
         thread.recorder.open(&info)
@@ -412,7 +436,7 @@ fn begin(
             sent: 0,
             received: 0,
         },
-        conn: thread.register(mesh, Some(caller.uid.clone()), callee),
+        conn: thread.register(mesh, Some(from), callee),
         _load: Load::new(thread, hop.endpoint.addr),
     }
 }
@@ -422,8 +446,8 @@ fn inbound_info(
     caller: &Arc<Workload>,
     endpoint: &Endpoint,
     target: SocketAddr,
-    authz: Option<crate::state::policy::PolicyRef>,
-    server: Option<crate::state::policy::PolicyRef>,
+    authz: Option<PolicyRef>,
+    server: Option<PolicyRef>,
 ) -> Option<FlowInfo> {
     let callee = endpoint.workload.as_ref()?;
     Some(FlowInfo {

@@ -30,7 +30,7 @@ use tokio::{
 
 use super::{
     COMMANDS, ProxySettings, Surroundings, accept,
-    conns::{Callee, Conn, Conns},
+    conns::{Callee, Caller, Conn, Conns},
     copy::Scratch,
     inbound, outbound,
     reason::Reason,
@@ -266,7 +266,7 @@ impl Thread {
     pub(super) fn register(
         &self,
         decided: &Mesh,
-        caller: Option<PodUid>,
+        caller: Option<Caller>,
         callee: Option<Callee>,
     ) -> Rc<Conn> {
         let conn = self.conns.open(caller, callee);

@@ -424,6 +424,11 @@ async fn establish(
 
     let client = Client {
         ip: client_addr.ip(),
+        // At a pod's own port the address is the peer's and not yet held against its identity.
+        pod: caller
+            .as_ref()
+            .filter(|pod| pod.identity == tunnel.client)
+            .map(|pod| pod.uid.clone()),
         identity: ClientIdentity::Proven(tunnel.client.clone()),
     };
     let mut info = FlowInfo {
@@ -438,7 +443,7 @@ async fn establish(
         server: None,
         authz: None,
     };
-    match authz::decide(&callee, &client, target.port()) {
+    match authz::decide(&mesh, &callee, &client, target.port()) {
         Ok(allowed) => {
             info.server = allowed.server;
             info.authz = allowed.authz;
@@ -451,13 +456,7 @@ async fn establish(
         Err(denied) => {
             info.server = denied.server;
             thread.recorder.authz(&info, false);
-            let detail = format!(
-                "{} may not call port {} of {}",
-                tunnel.client,
-                target.port(),
-                callee.key
-            );
-            return Err(Refusal::new(denied.reason, detail));
+            return Err(denied.refusal);
         }
     }
 
