@@ -11,6 +11,7 @@
 
 pub mod desired;
 mod estate;
+mod keeping;
 mod place;
 mod run_dir;
 mod views;
@@ -24,6 +25,7 @@ use std::{
 };
 
 use anyhow::Context;
+use futures_util::future::BoxFuture;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use parking_lot::Mutex;
 use picomesh_common::config::LAYOUT;
@@ -43,7 +45,7 @@ use crate::{
     datapath::{Datapath, DatapathSettings, Desired},
     drain::{Drain, Drained},
     handover::{self, predecessor::Progress},
-    identity::{self, Identities},
+    identity::{self, Identities, awaited::AwaitedCa, ca::LocalCa},
     local,
     metrics::{Metrics, MetricsSettings},
     proxy::{Proxy, ProxySettings, Surroundings, TunnelListeners},
@@ -53,6 +55,7 @@ use crate::{
 };
 
 use estate::{Estate, HeldRunDir};
+use keeping::{Keeper, Known};
 use local::Netns;
 use place::{Heritage, Place};
 
@@ -235,14 +238,17 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
     let mesh_of = (settings.clone(), mesh.clone());
     let (netns_told, netns) = watch::channel(Netns::new());
     let (errors_told, load_errors) = watch::channel(Arc::default());
+    let (texts_told, texts) = watch::channel(Arc::default());
     let outputs = local::Outputs {
         netns: netns_told,
         errors: errors_told,
+        texts: texts_told,
     };
+    let keeper = Keeper::new(&config);
     let (read, was_read) = oneshot::channel::<()>();
     let mut end = guard.clone();
     let mut manifests = tokio::spawn(local::run(
-        config.manifests.clone(),
+        (config.manifests.clone(), keeper.texts()),
         mesh_of.0,
         mesh_of.1,
         outputs,
@@ -265,11 +271,14 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
     // Who we are. Requests for certificates go out now, and are answered while the rest starts.
     let trust_domain = config.mesh.trust_domain.clone();
     let clock: Arc<dyn identity::clock::Clock> = Arc::new(identity::clock::SystemClock);
-    let authority = identity::ca::LocalCa::open(&config.ca_dir, trust_domain.clone(), clock)
-        .with_context(|| format!("--ca-dir {}", config.ca_dir.display()))?;
-    tasks.push(tokio::spawn(authority.clone().watch()));
-    let (identities, manager) =
-        Identities::start(authority, identity::manager::Settings::new(trust_domain))?;
+    let (authority, watch, held) = authority(&config, clock, keeper.known())?;
+    tasks.push(tokio::spawn(watch));
+    let bundle = authority.bundle();
+    let (identities, manager) = Identities::start_with(
+        authority,
+        identity::manager::Settings::new(trust_domain),
+        held,
+    )?;
     tasks.push(manager);
     let mut needed = desired::Identities::default();
     identities.set_wanted(needed.wanted(&mesh.load(), Instant::now()));
@@ -383,6 +392,15 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
     callers.move_in()?;
     accepting.push(serve(&mut tasks, socket.serve(answers, last_guard)));
 
+    // What the next one begins with if its sources are away.
+    let writes = Arc::new(AtomicBool::new(true));
+    tasks.push(tokio::spawn(keeper.keep(
+        texts,
+        identities.clone(),
+        bundle,
+        writes.clone(),
+    )));
+
     // And one day we leave all this to another.
     let run_dir: HeldRunDir = Arc::new(Mutex::new(Some(run_dir)));
     let estate = Estate {
@@ -391,7 +409,7 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
         proxy: proxy.clone(),
         datapath,
         paused: Mutex::new(None),
-        writes: Arc::new(AtomicBool::new(true)),
+        writes,
         accepting,
     };
     let terms = handover::predecessor::Terms {
@@ -426,6 +444,43 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
         progress,
         _run_dir: run_dir,
     })
+}
+
+type Authority = (
+    Arc<dyn identity::Signer>,
+    BoxFuture<'static, ()>,
+    Vec<identity::Held>,
+);
+
+/// The authority, who follows it, and the certificates that an agent before left. One whose
+/// anchors are known is never made anew: a directory that is away must not become another
+/// authority.
+fn authority(
+    config: &Config,
+    clock: Arc<dyn identity::clock::Clock>,
+    known: Option<Known>,
+) -> anyhow::Result<Authority> {
+    let trust_domain = config.mesh.trust_domain.clone();
+    let dir = &config.ca_dir;
+    let Some(Known { bundle, held }) = known else {
+        let authority = LocalCa::open(dir, trust_domain, clock)
+            .with_context(|| format!("--ca-dir {}", dir.display()))?;
+        return Ok((authority.clone(), Box::pin(authority.watch()), Vec::new()));
+    };
+    match LocalCa::open_existing(dir, trust_domain.clone(), clock.clone()) {
+        Ok(authority) => Ok((authority.clone(), Box::pin(authority.watch()), held)),
+        Err(error) => {
+            warn!(%error, "--ca-dir: serving with the certificates of the agent before until it \
+                   can be read");
+            let place = identity::awaited::Place {
+                dir: dir.clone(),
+                trust_domain,
+                clock,
+            };
+            let awaited = AwaitedCa::new(place, bundle);
+            Ok((awaited.clone(), Box::pin(awaited.watch()), held))
+        }
+    }
 }
 
 /// Runs one that accepts connections; it can be ended alone.

@@ -44,7 +44,8 @@ impl Crowd {
             .iter()
             .map(|to| {
                 let (stop, to) = (stop.clone(), *to);
-                from.netns().spawn("crowd", move || member(to, every, &stop))
+                from.netns()
+                    .spawn("crowd", move || member(to, every, &stop))
             })
             .collect::<Result<_>>()?;
         Ok(Self { stop, members })

@@ -204,7 +204,10 @@ mod tests {
         let held = RunDir::open(dir.path()).unwrap();
         let foreign = RunDir::open(other.path()).unwrap().lock().unwrap();
         let error = RunDir::inherit(dir.path(), foreign).unwrap_err();
-        assert!(error.to_string().contains("not this directory's"), "{error}");
+        assert!(
+            error.to_string().contains("not this directory's"),
+            "{error}"
+        );
         drop(held);
     }
 

@@ -185,7 +185,9 @@ mod tests {
     use super::*;
 
     fn offer(tunnels: usize) -> Message {
-        let address = "[2001:db8:1111:2222:3333:4444:5555:6666]:15008".parse().unwrap();
+        let address = "[2001:db8:1111:2222:3333:4444:5555:6666]:15008"
+            .parse()
+            .unwrap();
         let mut files = vec![What::Lock, What::Metrics { address }];
         files.extend((0..tunnels).map(|_| What::Tunnels { address }));
         Message::Offer(Offer {

@@ -76,7 +76,10 @@ impl Peer {
     }
 
     async fn is_gone_within(&self, process: &OwnedFd, patience: Duration) -> bool {
-        let Ok(process) = process.try_clone().and_then(|p| watched(p, Interest::READABLE)) else {
+        let Ok(process) = process
+            .try_clone()
+            .and_then(|p| watched(p, Interest::READABLE))
+        else {
             return false;
         };
         let ended = timeout(patience, process.readable()).await;

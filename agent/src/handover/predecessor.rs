@@ -33,7 +33,9 @@ use super::{
 };
 
 /// Conversations at a time, the successor's among them.
-const CONVERSATIONS: usize = 8;
+const CONVERSATIONS: usize = 32;
+/// Callers that wait for one. A successor that is not answered in time takes us for dead.
+const BACKLOG: i32 = 128;
 /// Messages that we do not know, in one conversation.
 const MOST_UNKNOWN: usize = 16;
 
@@ -73,7 +75,7 @@ pub struct Patience {
 impl Default for Patience {
     fn default() -> Self {
         Self {
-            hello: Duration::from_secs(5),
+            hello: Duration::from_secs(2),
             ready: Duration::from_secs(300),
             taken: Duration::from_secs(60),
         }
@@ -118,7 +120,7 @@ impl Server {
             socket.bind(&SockAddr::unix(&new)?)?;
             // Nobody else gets so far before this is done: the directory is 0700.
             fs::set_permissions(&new, fs::Permissions::from_mode(0o600))?;
-            socket.listen(CONVERSATIONS as i32)?;
+            socket.listen(BACKLOG)?;
             watched(socket.into(), Interest::READABLE)
         })();
         match bound {
@@ -224,7 +226,10 @@ impl House {
     async fn receive(&self, channel: Channel) {
         let (process, uid) = (channel.peer.pid, channel.peer.uid);
         if !channel.peer.may_speak() {
-            warn!(process, uid, "a stranger called the hand-over socket; only root may");
+            warn!(
+                process,
+                uid, "a stranger called the hand-over socket; only root may"
+            );
             return;
         }
         if let Err(why) = self.converse(&channel).await {

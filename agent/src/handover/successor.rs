@@ -45,11 +45,15 @@ pub struct Predecessor {
 pub enum CallError {
     #[error("the agent that runs there (process {process}) refuses: {reason}")]
     Refused { process: i32, reason: String },
-    #[error("the agent that runs there (process {process}) cannot hand over ({what}); end it first")]
+    #[error(
+        "the agent that runs there (process {process}) cannot hand over ({what}); end it first"
+    )]
     TooOld { process: i32, what: String },
     #[error("{path} belongs to uid {uid}, not to root; remove it")]
     Stranger { path: PathBuf, uid: u32 },
-    #[error("the agent that runs there (process {process}) is silent and cannot be ended from here")]
+    #[error(
+        "the agent that runs there (process {process}) is silent and cannot be ended from here"
+    )]
     Unreachable { process: i32 },
     #[error("talking to the agent at {path}")]
     Io { path: PathBuf, source: io::Error },
@@ -153,10 +157,7 @@ impl Predecessor {
                         return Err(CallError::TooOld { process, what });
                     }
                     // Out of turn: neither yes nor no.
-                    Message::Hello(_)
-                    | Message::Offer(_)
-                    | Message::Ready
-                    | Message::Taken => {}
+                    Message::Hello(_) | Message::Offer(_) | Message::Ready | Message::Taken => {}
                 },
                 Ok(Err(ChannelError::Malformed(Malformed::Unknown { .. }))) => {}
                 Ok(Err(_)) | Err(_) => return self.is_dead().await,

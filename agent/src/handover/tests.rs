@@ -161,7 +161,12 @@ fn hello() -> Hello {
 }
 
 async fn refusal(channel: &Channel) -> String {
-    match timeout(SOON, channel.receive()).await.unwrap().unwrap().message {
+    match timeout(SOON, channel.receive())
+        .await
+        .unwrap()
+        .unwrap()
+        .message
+    {
         Message::Refused { reason } => reason,
         other => panic!("{}", other.name()),
     }
@@ -172,13 +177,19 @@ async fn everything_is_handed_over_once_and_the_one_before_keeps_nothing() {
     let mut stage = stage();
     let predecessor = stage.succeeds().await;
     stage.reaches(Progress::Underway).await;
-    assert_eq!(stage.book.said(), Vec::<&str>::new(), "it goes on as before");
+    assert_eq!(
+        stage.book.said(),
+        Vec::<&str>::new(),
+        "it goes on as before"
+    );
     predecessor.ready().await.unwrap();
     assert_eq!(stage.book.said(), ["pause"]);
     let [(What::Lock, file)] = &predecessor.files[..] else {
         panic!("{:?}", predecessor.files);
     };
-    File::from(file.try_clone().unwrap()).write_all(b"x").unwrap();
+    File::from(file.try_clone().unwrap())
+        .write_all(b"x")
+        .unwrap();
     predecessor.taken().await;
     stage.reaches(Progress::Taken).await;
     assert_eq!(stage.book.said(), ["pause", "leave"]);
@@ -279,9 +290,27 @@ async fn of_two_successors_one_is_sent_away_and_may_come_again() {
 async fn another_node_layout_or_protocol_is_refused_with_the_remedy() {
     let mut stage = stage();
     let others = [
-        (Hello { node: "node-2".into(), ..hello() }, "node node-1"),
-        (Hello { layout: 4, ..hello() }, "end this one first"),
-        (Hello { protocol: 0, ..hello() }, "too old"),
+        (
+            Hello {
+                node: "node-2".into(),
+                ..hello()
+            },
+            "node node-1",
+        ),
+        (
+            Hello {
+                layout: 4,
+                ..hello()
+            },
+            "end this one first",
+        ),
+        (
+            Hello {
+                protocol: 0,
+                ..hello()
+            },
+            "too old",
+        ),
     ];
     for (other, expected) in others {
         match call(stage.dir.path(), other).await {
@@ -341,10 +370,7 @@ async fn garbage_oversize_and_messages_out_of_turn_are_refused_in_bounded_time()
         let channel = stage.channel().await;
         raw(&channel, packet, &[]);
         let _reason = refusal(&channel).await;
-        assert!(matches!(
-            channel.receive().await,
-            Err(ChannelError::Closed)
-        ));
+        assert!(matches!(channel.receive().await, Err(ChannelError::Closed)));
     }
     for early in [Message::Ready, Message::Commit, Message::Taken] {
         let channel = stage.channel().await;

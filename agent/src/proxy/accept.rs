@@ -123,10 +123,7 @@ impl TunnelListeners {
 
     /// For each thread its share. An agent before may have had fewer threads or more: each socket
     /// is served by one thread at least, and each thread serves one socket at least.
-    pub(super) fn shares(
-        self,
-        threads: usize,
-    ) -> io::Result<Vec<Vec<std::net::TcpListener>>> {
+    pub(super) fn shares(self, threads: usize) -> io::Result<Vec<Vec<std::net::TcpListener>>> {
         let mut shares: Vec<Vec<_>> = (0..threads.max(1)).map(|_| Vec::new()).collect();
         let (threads, sockets) = (shares.len(), self.sockets.len());
         for place in (sockets..threads).filter(|_| sockets > 0) {

@@ -153,7 +153,9 @@ impl Proxy {
     /// accepts tunnels.
     pub fn start(settings: ProxySettings, around: Surroundings) -> Result<Arc<Self>, StartError> {
         let listeners = TunnelListeners::bind(&settings)?;
-        let own = listeners.copy().map_err(|source| StartError::Copy { source })?;
+        let own = listeners
+            .copy()
+            .map_err(|source| StartError::Copy { source })?;
         let addresses = listeners.addresses.clone();
         let shares = listeners
             .shares(settings.threads)
@@ -168,7 +170,9 @@ impl Proxy {
         around: Surroundings,
         listeners: &TunnelListeners,
     ) -> Result<Arc<Self>, StartError> {
-        let own = listeners.copy().map_err(|source| StartError::Copy { source })?;
+        let own = listeners
+            .copy()
+            .map_err(|source| StartError::Copy { source })?;
         let addresses = listeners.addresses.clone();
         let none = (0..settings.threads.max(1)).map(|_| Vec::new()).collect();
         Self::spawn(settings, around, none, own, addresses)
@@ -222,7 +226,10 @@ impl Proxy {
     /// Copies of the sockets that listen for tunnels, for a successor.
     pub fn tunnel_sockets(&self) -> io::Result<Vec<std::net::TcpListener>> {
         let sockets = self.tunnel_sockets.lock();
-        sockets.iter().map(std::net::TcpListener::try_clone).collect()
+        sockets
+            .iter()
+            .map(std::net::TcpListener::try_clone)
+            .collect()
     }
 
     /// A successor accepts everything from here on. Tunnels are not accepted any more and those

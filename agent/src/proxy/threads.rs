@@ -71,9 +71,7 @@ pub(super) enum Command {
         listeners: Vec<std::net::TcpListener>,
     },
     /// A successor accepts from now on.
-    Retire {
-        done: oneshot::Sender<()>,
-    },
+    Retire { done: oneshot::Sender<()> },
 }
 
 /// What few connections need and all threads share.

@@ -43,7 +43,11 @@ pub enum SnapshotError {
     #[error("{path}: {source}")]
     File { path: PathBuf, source: io::Error },
     #[error("{path} has mode {mode:o} and owner {owner}; only 600 and our own count")]
-    NotOurs { path: PathBuf, mode: u32, owner: u32 },
+    NotOurs {
+        path: PathBuf,
+        mode: u32,
+        owner: u32,
+    },
     #[error("{path}: {why}")]
     Unusable { path: PathBuf, why: Unusable },
     #[error("{path} would have {bytes} bytes, more than {MAX_BYTES}; nothing is kept")]

@@ -92,7 +92,11 @@ pub fn open<'a>(sealed: &'a [u8], wanted: &Origin) -> Result<&'a [u8], Unusable>
     for (what, found, wanted) in [
         ("the boot", &found.boot, &wanted.boot),
         ("the node", &found.node, &wanted.node),
-        ("the trust domain", &found.trust_domain, &wanted.trust_domain),
+        (
+            "the trust domain",
+            &found.trust_domain,
+            &wanted.trust_domain,
+        ),
         ("its source", &found.source, &wanted.source),
     ] {
         if found != wanted {

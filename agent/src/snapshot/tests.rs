@@ -53,13 +53,34 @@ fn a_link_is_not_followed_and_a_pipe_not_waited_for() {
 #[test]
 fn one_of_another_boot_node_domain_or_source_does_not_count() {
     let others = [
-        ("the boot", Origin { boot: "boot-2".into(), ..origin() }),
-        ("the node", Origin { node: "node-2".into(), ..origin() }),
+        (
+            "the boot",
+            Origin {
+                boot: "boot-2".into(),
+                ..origin()
+            },
+        ),
+        (
+            "the node",
+            Origin {
+                node: "node-2".into(),
+                ..origin()
+            },
+        ),
         (
             "the trust domain",
-            Origin { trust_domain: "other".into(), ..origin() },
+            Origin {
+                trust_domain: "other".into(),
+                ..origin()
+            },
         ),
-        ("its source", Origin { source: "/elsewhere".into(), ..origin() }),
+        (
+            "its source",
+            Origin {
+                source: "/elsewhere".into(),
+                ..origin()
+            },
+        ),
     ];
     for (expected, other) in others {
         match open(&seal(&other, BODY), &origin()) {

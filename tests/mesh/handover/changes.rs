@@ -64,11 +64,7 @@ pub(super) fn agents_change_places_under_load_and_nobody_notices() -> Result<()>
             Duration::from_millis(7),
         )?,
         // Past the tunnels, into the pod's inbound listener.
-        Crowd::start(
-            &ground.plain,
-            &[beside.at(PORT)],
-            Duration::from_millis(8),
-        )?,
+        Crowd::start(&ground.plain, &[beside.at(PORT)], Duration::from_millis(8))?,
     ];
     let ready = [
         AlwaysReady::watch(&ground.world.node(0)?)?,
@@ -146,7 +142,8 @@ pub(super) fn a_pod_that_comes_meanwhile_is_captured_by_one_of_them() -> Result<
         .start_agent_with(&ground.world.node(0)?, &AgentOptions::default())?;
     let late = ground.world.pod(&PodSpec::new("late"))?;
     let gone = ground.near.clone();
-    ground.world.remove_pod(&gone)?;
+    let manifest = gone.manifest(&PodSpec::new("near"));
+    ground.world.manifests().delete(&manifest)?;
     next.wait_serves(SOON)?;
     next.wait_captured(&late, SOON)?;
     next.wait_pod_state(&gone, &["", "released", "leaving"], SOON)?;
