@@ -9,6 +9,7 @@
 //! why. `PICOMESH_TEST_RULES_OFF=name,...` takes rules of the kernel half out, to see the tests
 //! that hold them turn red.
 
+mod bare;
 mod datapath;
 mod frames;
 mod hostile;
@@ -37,6 +38,7 @@ fn main() {
         ("inbound", inbound::TESTS),
         ("probes", probes::TESTS),
         ("hostile", hostile::TESTS),
+        ("bare", bare::TESTS),
         ("lifecycle", lifecycle::TESTS),
     ] {
         for (name, test) in tests {

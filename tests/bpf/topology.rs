@@ -106,7 +106,7 @@ pub(crate) fn needs_ipv6() -> Result<()> {
 }
 
 /// Long enough for anything that arrives, short enough for what must not.
-pub(crate) const SOON: Duration = Duration::from_millis(2000);
+pub(crate) const SOON: Duration = Duration::from_secs(10);
 pub(crate) const QUIET: Duration = Duration::from_millis(400);
 
 /// How a test attaches.

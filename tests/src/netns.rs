@@ -16,6 +16,8 @@ use std::{
 use anyhow::{Context, Result, anyhow, ensure};
 use nix::sched::{CloneFlags, setns};
 
+use crate::requirements;
+
 /// Where `ip netns` keeps its names.
 pub const NETNS_DIR: &str = "/run/netns";
 
@@ -98,14 +100,23 @@ impl Netns {
 
     /// Runs lines of `ip` commands inside (`link set lo up`, one a line).
     ///
-    /// Not by `ip -n`: that mounts, which fails in a chroot whose root is no mount point.
+    /// Not by `ip -n`: that mounts, which fails in a chroot whose root is no mount point. On a
+    /// kernel without IPv6 the lines with its addresses are left out.
     pub fn ip(&self, script: &str) -> Result<()> {
-        self.feed("ip", &["-batch", "-"], script)
+        let script: String = script
+            .lines()
+            .filter(|line| requirements::ipv6() || !line.contains("::"))
+            .flat_map(|line| [line, "\n"])
+            .collect();
+        self.feed("ip", &["-batch", "-"], &script)
             .context("the package iproute2 has it")
     }
 
     /// Sets `net.…` inside: `netns.sysctl("net/ipv4/ip_forward", "1")`.
     pub fn sysctl(&self, key: &str, value: &str) -> Result<()> {
+        if key.starts_with("net/ipv6/") && !requirements::ipv6() {
+            return Ok(());
+        }
         self.run(|| std::fs::write(Path::new("/proc/sys").join(key), value))
             .with_context(|| format!("set {key} to {value} in {}", self.name))
     }

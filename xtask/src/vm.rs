@@ -18,7 +18,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use picomesh_tests::agent;
+use picomesh_tests::{agent, wait};
 use serde_json::Value;
 
 use self::{
@@ -90,6 +90,9 @@ const RUNS: [Run; 5] = [
         what: "Debian 12's kernel with ipv6.disable=1",
     },
 ];
+
+/// How many times longer an emulated machine may take for what tests wait for.
+const EMULATED: u32 = 5;
 
 /// Boot included. Emulated, the tier bpf takes a quarter of it on a quiet machine.
 const DEADLINE: Duration = Duration::from_secs(40 * 60);
@@ -194,11 +197,17 @@ fn boot(
     let kernel = kernel::of(run.suite)?;
     let initrd = dir.join(format!("{}.cpio", run.name));
     payload::write(built, &kernel, &initrd)?;
-    let filter = filter.map_or(String::new(), |word| format!("FILTER={word}"));
+    let mut arguments = run.arguments.to_owned();
+    if let Some(word) = filter {
+        arguments.push_str(&format!(" FILTER={word}"));
+    }
+    if accel == Accel::Tcg {
+        arguments.push_str(&format!(" {}={EMULATED}", wait::SLOWNESS));
+    }
     let machine = Machine::boot(Plan {
         image: &kernel.image,
         initrd: &initrd,
-        arguments: &format!("{} {filter}", run.arguments),
+        arguments: &arguments,
         accel,
         console: dir.join(format!("{}.console", run.name)),
         deadline: DEADLINE,

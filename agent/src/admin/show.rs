@@ -49,7 +49,20 @@ fn text(request: &Request, answer: &Value) -> String {
             answer,
             "no meshed pod runs on this node",
         ),
-        Request::Tunnels => any_table(answer, "no tunnel stands"),
+        Request::Tunnels => table(
+            &[
+                ("ROLE", "role"),
+                ("SOURCE", "source"),
+                ("DESTINATION", "destination"),
+                ("REMOTE", "remote"),
+                ("STREAMS", "streams"),
+                ("BYTES", "bytes"),
+                ("SECONDS", "seconds"),
+                ("RETIRING", "retiring"),
+            ],
+            answer,
+            "no tunnel stands",
+        ),
         Request::Certificates => table(
             &[
                 ("IDENTITY", "identity"),

@@ -96,15 +96,15 @@ pub enum LocalError {
     Unreadable { dir: PathBuf, source: io::Error },
 }
 
-/// Reads `dir`, publishes the mesh, and goes on until `stop`. `loading` is dropped once the first
-/// mesh is published: a readiness guard. `before`: what an agent before us read there; it is in
-/// force until the directory can be read, and after that for files that are broken.
-pub async fn run<Loading: Send>(
+/// Reads `dir`, publishes the mesh, and goes on until `stop`. `loaded` hears of the first mesh.
+/// `before`: what an agent before us read there; it is in force until the directory can be read,
+/// and after that for files that are broken.
+pub async fn run(
     (dir, before): (PathBuf, Option<Texts>),
     settings: Arc<MeshSettings>,
     store: Arc<MeshStore>,
     outputs: Outputs,
-    loading: Loading,
+    loaded: impl FnOnce() + Send,
     stop: impl Future<Output = ()> + Send,
 ) -> Result<(), LocalError> {
     let (changed, mut changes) = watch::channel(());
@@ -130,7 +130,7 @@ pub async fn run<Loading: Send>(
         }
         Err(error) => return Err(error),
     }
-    drop(loading);
+    loaded();
 
     let mut stop = pin!(stop);
     loop {

@@ -615,7 +615,7 @@ fn start_after(dir: PathBuf, before: Option<Texts>) -> Running {
         settings,
         Arc::clone(&store),
         outputs,
-        loading,
+        || drop(loading),
         async move {
             let _closed = stopped.await;
         },

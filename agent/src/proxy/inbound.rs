@@ -90,7 +90,7 @@ async fn establish(
     report: &mut Report,
 ) -> Result<Standing, Refusal> {
     let mesh = thread.mesh();
-    let (peer, target) = (report.record.src_addr, report.record.dst_addr);
+    let (peer, target) = (report.record.src_addr, report.target);
     let Some(callee) = mesh.workloads.get(pod.sockets.uid()) else {
         return Err(Refusal::new(
             Reason::UnknownPod,
@@ -122,6 +122,7 @@ async fn establish(
         client_id: None,
         server_id: None,
         target,
+        endpoint: target,
         service: None,
         tls: TlsStatus::NotMeshed,
         server: None,

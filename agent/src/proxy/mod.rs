@@ -68,6 +68,8 @@ pub struct ProxySettings {
     pub tunnel_source: Option<IpAddr>,
     /// Call pods at their own address on the tunnel port instead of their node's agent.
     pub hbone_to_pods: bool,
+    /// A tunnel that moves more bytes a second is busy with bulk: new connections get another.
+    pub bulk: u64,
     pub timing: Timing,
 }
 
@@ -109,6 +111,7 @@ impl Default for ProxySettings {
             tunnel_port: TUNNEL_PORT,
             tunnel_source: None,
             hbone_to_pods: false,
+            bulk: 64 * 1024 * 1024,
             timing: Timing::default(),
         }
     }

@@ -123,7 +123,7 @@ async fn establish(
     report: &mut Report,
 ) -> Result<Standing, Refusal> {
     let mesh = thread.mesh();
-    let (peer, target) = (report.record.src_addr, report.record.dst_addr);
+    let (peer, target) = (report.record.src_addr, report.target);
     let Some(caller) = mesh.workloads.get(pod.sockets.uid()) else {
         return Err(Refusal::new(
             Reason::UnknownPod,
@@ -148,21 +148,25 @@ async fn establish(
             Ok(hop) => hop,
             Err(refused) => {
                 if let Some(callee) = refused.by_callee {
-                    let info = inbound_info(caller, &callee.endpoint, target, None, callee.server);
+                    let info = inbound_info(caller, &callee.endpoint, None, callee.server);
                     if let Some(info) = info {
                         thread.recorder.authz(&info, false);
                     }
                 }
-                if refused.toward.is_some() {
-                    report.record.dst_workload = refused.toward;
+                if let Some((endpoint, workload)) = refused.toward {
+                    report.record.dst_addr = endpoint;
+                    report.record.dst_workload = workload;
                 }
                 return Err(refused.refusal);
             }
         };
         note(report, caller, &hop);
         match reach(thread, pod, &mesh, caller, report, &hop).await {
-            Ok((far, hbone)) => {
-                report.record.dst_hbone_addr = hbone;
+            Ok((far, tunnel)) => {
+                if let Some(remote) = tunnel {
+                    report.record.dst_addr = remote;
+                    report.record.dst_hbone_addr = Some(hop.endpoint.addr);
+                }
                 return Ok(begin(thread, &mesh, caller, report, &destination, hop, far));
             }
             Err(refusal) => {
@@ -192,8 +196,8 @@ async fn establish(
 /// Why there is no hop.
 struct Refused {
     refusal: Refusal,
-    /// The pod that was picked, if it came so far.
-    toward: Option<Arc<Workload>>,
+    /// What was picked, if it came so far.
+    toward: Option<(SocketAddr, Option<Arc<Workload>>)>,
     by_callee: Option<Box<ByCallee>>,
 }
 
@@ -244,7 +248,7 @@ fn decide(
     if let Err(refusal) = authz::leaves(caller, endpoint.addr, endpoint.workload.as_deref()) {
         return Err(Refused {
             refusal,
-            toward: endpoint.workload,
+            toward: Some((endpoint.addr, endpoint.workload)),
             by_callee: None,
         });
     }
@@ -261,7 +265,7 @@ fn decide(
                 Err(denied) => {
                     return Err(Refused {
                         refusal: denied.refusal,
-                        toward: Some(Arc::clone(callee)),
+                        toward: Some((endpoint.addr, Some(Arc::clone(callee)))),
                         by_callee: Some(Box::new(ByCallee {
                             server: denied.server,
                             endpoint,
@@ -301,6 +305,7 @@ fn pick(
 
 fn note(report: &mut Report, caller: &Workload, hop: &Hop) {
     let record = &mut report.record;
+    record.dst_addr = hop.endpoint.addr;
     record.dst_workload = hop.endpoint.workload.clone();
     let proven = match hop.endpoint.carrier {
         Carrier::Local | Carrier::Tunnel { .. } => true,
@@ -371,7 +376,6 @@ fn begin(
     hop: Hop,
     far: Far,
 ) -> Standing {
-    let target = report.record.dst_addr;
     let tls = match hop.endpoint.carrier {
         Carrier::Local => TlsStatus::SameNode,
         Carrier::Tunnel { .. } => TlsStatus::True,
@@ -388,7 +392,8 @@ fn begin(
         peer: hop.endpoint.workload.clone(),
         client_id: report.record.src_identity.clone(),
         server_id: report.record.dst_identity.clone(),
-        target,
+        target: report.target,
+        endpoint: hop.endpoint.addr,
         service,
         tls,
         server: None,
@@ -406,14 +411,7 @@ fn begin(
             },
             port: hop.endpoint.addr.port(),
         });
-        let endpoint = hop.endpoint.addr;
-        inbound = inbound_info(
-            caller,
-            &hop.endpoint,
-            endpoint,
-            allowed.authz,
-            allowed.server,
-        );
+        inbound = inbound_info(caller, &hop.endpoint, allowed.authz, allowed.server);
         if allowed.audited {
             tracing::info!(client = %caller.identity, callee = %workload.key,
                 "audit: policy would deny this connection");
@@ -445,7 +443,6 @@ fn begin(
 fn inbound_info(
     caller: &Arc<Workload>,
     endpoint: &Endpoint,
-    target: SocketAddr,
     authz: Option<PolicyRef>,
     server: Option<PolicyRef>,
 ) -> Option<FlowInfo> {
@@ -456,7 +453,8 @@ fn inbound_info(
         peer: Some(Arc::clone(caller)),
         client_id: Some(caller.identity.clone()),
         server_id: Some(callee.identity.clone()),
-        target,
+        target: endpoint.addr,
+        endpoint: endpoint.addr,
         service: None,
         tls: TlsStatus::SameNode,
         server,

@@ -2,7 +2,8 @@
 # The first process of a test machine. Makes what the tests need of a system, runs them, and turns
 # the machine off. What it says goes to the second serial port, line by line: `lacks WORDS`,
 # `tier NAME`, what the tests print, `ended NAME`, and at last `done`; what the kernel says stays
-# on the first. From the kernel's command line come HIDE_BTF and FILTER as variables.
+# on the first. From the kernel's command line come HIDE_BTF, FILTER and
+# PICOMESH_TEST_SLOWNESS as variables.
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TMPDIR=/tmp
 mount -t proc proc /proc
 mount -t sysfs sys /sys
@@ -25,13 +26,13 @@ echo "kernel $(uname -r)"
 [ -e /proc/net/if_inet6 ] || echo "lacks IPv6"
 
 echo "tier bpf"
-/tests/bpf --test-threads 2 $FILTER
+/tests/bpf --color never --test-threads 2 $FILTER
 echo "ended bpf"
 
 export PICOMESH_AGENT=/tests/picomesh-agent
 echo "tier mesh"
 while read -r test; do
-    /tests/mesh --exact "$test"
+    /tests/mesh --color never --exact "$test"
 done </tests/smoke
 echo "ended mesh"
 echo "done"

@@ -28,8 +28,8 @@ impl Accel {
     pub(super) fn best() -> Self {
         let virtual_machine = fs::read_to_string("/proc/cpuinfo").is_ok_and(|text| {
             text.lines()
-                .any(|l| l.starts_with("flags") && l.ends_with(" hypervisor"))
-                || text.contains(" hypervisor ")
+                .filter(|line| line.starts_with("flags"))
+                .any(|flags| flags.split_whitespace().any(|flag| flag == "hypervisor"))
         });
         let usable = OpenOptions::new()
             .read(true)

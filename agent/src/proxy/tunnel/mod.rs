@@ -38,7 +38,8 @@ pub struct TunnelStatus {
     pub streams: usize,
     /// Payload of both directions.
     pub bytes: u64,
-    pub age: Duration,
+    /// Since it was opened.
+    pub seconds: u64,
     /// No new streams: the peer or we said goodbye, or the certificate was renewed.
     pub retiring: bool,
 }
@@ -88,10 +89,12 @@ impl Tunnels {
         }
     }
 
-    /// Says goodbye to tunnels that nobody has used for so long.
+    /// Says goodbye to tunnels that nobody has used for so long, and to clients whose certificate
+    /// is over: their open streams finish.
     pub(super) fn tidy(&self, idle: Duration) {
         for tunnel in self.open.borrow().iter() {
-            if tunnel.idle_for().is_some_and(|unused| unused > idle) {
+            let unused = tunnel.idle_for().is_some_and(|unused| unused > idle);
+            if unused || tunnel.expired() {
                 tunnel.say_goodbye();
             }
         }
