@@ -220,6 +220,12 @@ const NEEDS: &[Need] = &[
     ),
     package(
         Purpose::Vm,
+        "xz-utils",
+        Sign::Program("xz"),
+        "unpacks a kernel's modules",
+    ),
+    package(
+        Purpose::Vm,
         "binutils",
         Sign::Program("strip"),
         "makes the tests small enough for a machine in memory",
