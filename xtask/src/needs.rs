@@ -31,16 +31,19 @@ pub(crate) enum Purpose {
     Deny,
     /// Testing the tests
     Mutants,
+    /// Fuzzing what reads bytes of others
+    Fuzz,
 }
 
 impl Purpose {
-    pub(crate) const ALL: [Self; 6] = [
+    pub(crate) const ALL: [Self; 7] = [
         Self::Build,
         Self::Ebpf,
         Self::World,
         Self::Bench,
         Self::Deny,
         Self::Mutants,
+        Self::Fuzz,
     ];
 
     pub(crate) const fn name(self) -> &'static str {
@@ -51,6 +54,7 @@ impl Purpose {
             Self::Bench => "bench",
             Self::Deny => "deny",
             Self::Mutants => "mutants",
+            Self::Fuzz => "fuzz",
         }
     }
 }
@@ -196,6 +200,12 @@ const NEEDS: &[Need] = &[
         source: Source::Tool(&CARGO_MUTANTS),
         why: "changes the files that decide",
     },
+    package(
+        Purpose::Fuzz,
+        "g++",
+        Sign::Program("c++"),
+        "compiles libFuzzer",
+    ),
 ];
 
 const fn package(purpose: Purpose, name: &'static str, sign: Sign, why: &'static str) -> Need {
