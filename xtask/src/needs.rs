@@ -33,10 +33,12 @@ pub(crate) enum Purpose {
     Mutants,
     /// Fuzzing what reads bytes of others
     Fuzz,
+    /// Booting other kernels
+    Vm,
 }
 
 impl Purpose {
-    pub(crate) const ALL: [Self; 7] = [
+    pub(crate) const ALL: [Self; 8] = [
         Self::Build,
         Self::Ebpf,
         Self::World,
@@ -44,6 +46,7 @@ impl Purpose {
         Self::Deny,
         Self::Mutants,
         Self::Fuzz,
+        Self::Vm,
     ];
 
     pub(crate) const fn name(self) -> &'static str {
@@ -55,6 +58,7 @@ impl Purpose {
             Self::Deny => "deny",
             Self::Mutants => "mutants",
             Self::Fuzz => "fuzz",
+            Self::Vm => "vm",
         }
     }
 }
@@ -205,6 +209,36 @@ const NEEDS: &[Need] = &[
         "g++",
         Sign::Program("c++"),
         "compiles libFuzzer",
+    ),
+    package(
+        Purpose::Vm,
+        "qemu-system-x86",
+        Sign::Program("qemu-system-x86_64"),
+        "boots other kernels",
+    ),
+    package(
+        Purpose::Vm,
+        "busybox-static",
+        Sign::Program("busybox"),
+        "the system below the tests on other kernels",
+    ),
+    package(
+        Purpose::Vm,
+        "kmod",
+        Sign::Program("depmod"),
+        "tells which modules of a kernel need which",
+    ),
+    package(
+        Purpose::Vm,
+        "xz-utils",
+        Sign::Program("xz"),
+        "unpacks a kernel's modules",
+    ),
+    package(
+        Purpose::Vm,
+        "binutils",
+        Sign::Program("strip"),
+        "makes the tests small enough for a machine in memory",
     ),
 ];
 

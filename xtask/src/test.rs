@@ -18,7 +18,7 @@ use crate::{
     cache::CARGO_DENY,
     fuzz, mutants,
     needs::{self, Purpose},
-    shell,
+    shell, vm,
 };
 
 #[derive(clap::Args)]
@@ -32,8 +32,8 @@ pub(crate) struct Args {
     /// Name the tests instead of running them
     #[arg(long)]
     list: bool,
-    /// Also take out one rule of the kernel half at a time and demand red, and run `mutants` and
-    /// `fuzz`
+    /// Also take out one rule of the kernel half at a time and demand red, and run `mutants`, `vm`
+    /// and `fuzz`
     #[arg(long)]
     full: bool,
 }
@@ -87,6 +87,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         total.add(rules::run());
         println!("== mutants ==");
         total.add(mutants::count());
+        println!("== vm ==");
+        total.add(vm::count());
         println!("== fuzz ==");
         total.add(fuzz::count());
     }

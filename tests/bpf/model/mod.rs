@@ -20,7 +20,10 @@ use std::{collections::BTreeMap, env, fmt::Write as _, str::FromStr};
 use anyhow::{Result, bail, ensure};
 use picomesh_common::Counter;
 
-use crate::{Test, topology::Setup};
+use crate::{
+    Test,
+    topology::{Setup, needs_ipv6},
+};
 
 use ground::{Ground, Ran};
 use packets::{Case, Direction, Random, World};
@@ -68,6 +71,7 @@ fn random(setup: &Setup) -> Result<()> {
 
 /// On a thread of its own, which may enter the pod and never come back.
 fn apart(act: impl FnOnce() -> Result<()> + Send) -> Result<()> {
+    needs_ipv6()?;
     std::thread::scope(|scope| {
         scope
             .spawn(act)

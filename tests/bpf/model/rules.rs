@@ -82,9 +82,9 @@ ways! {
     IN_OPEN = "rule 5: no inbound listener, and fail-open is set";
     IN_DOWN = "rule 5: no inbound listener";
     IN_CAPTURED = "rule 7: a SYN to a captured port";
-    IN_OURS = "rule 3: for a socket of ours, or a connection to a listener of ours";
+    IN_OURS = "rule 4: for a socket of ours, or a connection to a listener of ours";
     IN_PROBED = "rule 9: for the application's end of a probe";
-    IN_OVER = "for a connection that is over: it only answers";
+    IN_OVER = "rule 4: for a connection that is over, which may be gone a moment later";
     IN_TAKEN = "rule 4: for a socket whose far end is ours, from outside";
     IN_LENIENT = "rule 12: who stood before is not known yet, or no matter";
     IN_ANSWER = "rule 13: the answer to a connection that was never captured";
@@ -219,14 +219,17 @@ fn from_outside(world: &World, segment: &Segment) -> Judgement {
     let connection = segment.at_destination();
     let owner = world.owner(segment.family, &connection);
     match owner {
-        Some(Owner::Ours | Owner::OurRequest) => return pass(IN_OURS),
+        // By way of mesh1, where nobody but us is found if it was closed a moment ago.
+        Some(Owner::Ours | Owner::OurRequest) => return captured(None, IN_OURS),
         Some(Owner::Probed) => return pass(IN_PROBED),
-        Some(Owner::Over) => return pass(IN_OVER),
         Some(Owner::Taken) => return dropped(Counter::NotStanding, IN_TAKEN),
-        Some(Owner::Application | Owner::ItsRequest) | None => {}
+        Some(Owner::Application | Owner::ItsRequest | Owner::Over) | None => {}
     }
     if world.is_lenient() || world.skips_inbound(segment.to.port()) {
         return pass(IN_LENIENT);
+    }
+    if owner == Some(Owner::Over) {
+        return captured(None, IN_OVER);
     }
     let probe = world.probes.get(&connection);
     if owner == Some(Owner::Application) {
