@@ -353,7 +353,10 @@ async fn what_an_agent_left_serves_at_once_and_nobody_is_asked() {
     assert_eq!(world.call("alice", "bob").await, Ok(()));
     for name in ["alice", "bob"] {
         assert_eq!(world.status(name).state, "ready");
-        assert!(world.asked_by(name).len() == 1, "asked by the first agent only");
+        assert!(
+            world.asked_by(name).len() == 1,
+            "asked by the first agent only"
+        );
     }
     // Whom nobody wants is forgotten as ever.
     world.want(&["alice"]);
@@ -370,12 +373,25 @@ async fn what_was_left_and_is_expired_foreign_or_anothers_is_not_used() {
     // Another's key, another's certificate, no key at all, no certificate at all.
     let (alice, bob) = (&left[0], &left[1]);
     let swapped = [
-        Held { pkcs8: bob.pkcs8.clone(), ..alice.clone() },
-        Held { chain: alice.chain.clone(), pkcs8: alice.pkcs8.clone(), ..bob.clone() },
+        Held {
+            pkcs8: bob.pkcs8.clone(),
+            ..alice.clone()
+        },
+        Held {
+            chain: alice.chain.clone(),
+            pkcs8: alice.pkcs8.clone(),
+            ..bob.clone()
+        },
     ];
     let broken = [
-        Held { pkcs8: Arc::from(&b"no key"[..]), ..alice.clone() },
-        Held { chain: Vec::new(), ..bob.clone() },
+        Held {
+            pkcs8: Arc::from(&b"no key"[..]),
+            ..alice.clone()
+        },
+        Held {
+            chain: Vec::new(),
+            ..bob.clone()
+        },
     ];
     for wrong in [swapped, broken] {
         let world = before.next(wrong.to_vec());
@@ -387,7 +403,10 @@ async fn what_was_left_and_is_expired_foreign_or_anothers_is_not_used() {
     let other = World::idle();
     let (foreign, driver) = Identities::start_with(
         other.signer.clone(),
-        Settings { clock: other.clock.clone(), ..Settings::new(TRUST_DOMAIN.into()) },
+        Settings {
+            clock: other.clock.clone(),
+            ..Settings::new(TRUST_DOMAIN.into())
+        },
         left.clone(),
     )
     .unwrap();
@@ -397,7 +416,11 @@ async fn what_was_left_and_is_expired_foreign_or_anothers_is_not_used() {
     before.clock.jump(LIFE + HOUR);
     let late = before.next(left);
     assert!(late.identities.held().is_empty());
-    assert!(late.identities.client_config(&identity("alice"), &identity("bob")).is_err());
+    assert!(
+        late.identities
+            .client_config(&identity("alice"), &identity("bob"))
+            .is_err()
+    );
 }
 
 struct World {
