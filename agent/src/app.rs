@@ -196,7 +196,8 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
     // Who we are. Requests for certificates go out now, and are answered while the rest starts.
     let trust_domain = config.mesh.trust_domain.clone();
     let clock: Arc<dyn identity::clock::Clock> = Arc::new(identity::clock::SystemClock);
-    let authority = identity::ca::LocalCa::open(&config.ca_dir, trust_domain.clone(), clock)
+    let life = config.certificate_life;
+    let authority = identity::ca::LocalCa::open(&config.ca_dir, trust_domain.clone(), life, clock)
         .with_context(|| format!("--ca-dir {}", config.ca_dir.display()))?;
     tasks.push(tokio::spawn(authority.clone().watch()));
     let (identities, manager) =
