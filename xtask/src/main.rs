@@ -14,6 +14,7 @@ mod mutants;
 mod needs;
 mod setup;
 mod shell;
+mod soak;
 mod test;
 
 use std::process::ExitCode;
@@ -43,6 +44,8 @@ enum Verb {
     Test(test::Args),
     /// Change the files that decide, one operator at a time, and see whether the tests notice
     Mutants(mutants::Args),
+    /// Let mixed traffic run while agents die, policies change and pods come and go
+    Soak(soak::Args),
 }
 
 fn main() -> ExitCode {
@@ -54,6 +57,7 @@ fn main() -> ExitCode {
         Verb::Bench(args) => bench::run(&args),
         Verb::Test(args) => test::run(&args),
         Verb::Mutants(args) => mutants::run(&args),
+        Verb::Soak(args) => soak::run(&args),
     };
     done.unwrap_or_else(|e| {
         eprintln!("{e:#}");

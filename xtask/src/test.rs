@@ -18,7 +18,7 @@ use crate::{
     cache::CARGO_DENY,
     mutants,
     needs::{self, Purpose},
-    shell,
+    shell, soak,
 };
 
 #[derive(clap::Args)]
@@ -32,10 +32,14 @@ pub(crate) struct Args {
     /// Name the tests instead of running them
     #[arg(long)]
     list: bool,
-    /// Also take out one rule of the kernel half at a time and demand red, and run `mutants`
+    /// Also take out one rule of the kernel half at a time and demand red, run `mutants`, and a
+    /// short `soak`
     #[arg(long)]
     full: bool,
 }
+
+/// Enough for every disturbance to come; before a release `cargo xtask soak` belongs beside it.
+const SOAK_MINUTES: u64 = 3;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Tier {
@@ -86,6 +90,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         total.add(rules::run());
         println!("== mutants ==");
         total.add(mutants::count());
+        println!("== soak ==");
+        total.add(soak::count(SOAK_MINUTES));
     }
     for name in &total.failures {
         println!("failed: {name}");
