@@ -19,6 +19,7 @@ use thiserror::Error;
 
 use crate::{
     state::{
+        explain::{Direction, Question},
         names::is_subdomain,
         objects::{DefaultPolicy, MeshSettings, OutboundDefault},
     },
@@ -233,13 +234,53 @@ pub enum DebugSubject {
     Tunnels,
     /// Certificates held, and when they are renewed.
     Certificates,
-    /// Who may connect to each pod of the node.
-    Policies,
+    /// Who may connect to each pod of the node; or which rule decides about one connection.
+    Policies(PoliciesArgs),
     /// Shows the log level, or changes it.
     LogLevel {
         /// e.g. `debug` or `warn,picomesh::proxy=debug`.
         level: Option<String>,
     },
+}
+
+#[derive(Debug, Default, Args)]
+pub struct PoliciesArgs {
+    /// Only this pod, which runs on the agent's node.
+    #[arg(long, value_name = "NAMESPACE/NAME")]
+    pod: Option<String>,
+    /// Which rule decides when this pod or address calls it?
+    #[arg(long, value_name = "NAMESPACE/NAME|IP", requires_all = ["pod", "port"], conflicts_with = "to")]
+    from: Option<String>,
+    /// Which rule decides when it calls this pod or address?
+    #[arg(long, value_name = "NAMESPACE/NAME|IP", requires_all = ["pod", "port"])]
+    to: Option<String>,
+    /// The port that is called, of the pod itself and not of a Service.
+    #[arg(long, value_name = "PORT", requires = "pod")]
+    port: Option<u16>,
+    /// Only what is asked about who comes in, or about who goes out.
+    #[arg(long, value_enum)]
+    direction: Option<DirectionArg>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DirectionArg {
+    Ingress,
+    Egress,
+}
+
+impl PoliciesArgs {
+    pub fn question(self) -> Question {
+        Question {
+            pod: self.pod,
+            from: self.from,
+            to: self.to,
+            port: self.port,
+            direction: self.direction.map(|direction| match direction {
+                DirectionArg::Ingress => Direction::Ingress,
+                DirectionArg::Egress => Direction::Egress,
+            }),
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

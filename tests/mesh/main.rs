@@ -5,9 +5,11 @@
 //! the mesh off. `cargo xtask test --tier mesh` builds the agent and says where it lies.
 mod failclosed;
 mod ground;
+mod handover;
 mod harness;
 mod identity_attacks;
 mod lifecycle;
+mod network_policy;
 mod policy;
 mod scale;
 mod services;
@@ -24,9 +26,11 @@ fn main() -> ExitCode {
             world::TESTS,
             traffic::TESTS,
             policy::TESTS,
+            network_policy::TESTS,
             failclosed::TESTS,
             identity_attacks::TESTS,
             lifecycle::TESTS,
+            handover::TESTS,
             services::TESTS,
             settings::TESTS,
             shown::TESTS,

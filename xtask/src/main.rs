@@ -16,6 +16,7 @@ mod setup;
 mod shell;
 mod soak;
 mod test;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -46,6 +47,8 @@ enum Verb {
     Mutants(mutants::Args),
     /// Let mixed traffic run while agents die, policies change and pods come and go
     Soak(soak::Args),
+    /// Run the tier bpf and a smoke test of the mesh on other kernels, under qemu
+    Vm(vm::Args),
 }
 
 fn main() -> ExitCode {
@@ -58,6 +61,7 @@ fn main() -> ExitCode {
         Verb::Test(args) => test::run(&args),
         Verb::Mutants(args) => mutants::run(&args),
         Verb::Soak(args) => soak::run(&args),
+        Verb::Vm(args) => vm::run(&args),
     };
     done.unwrap_or_else(|e| {
         eprintln!("{e:#}");

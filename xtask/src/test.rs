@@ -18,7 +18,7 @@ use crate::{
     cache::CARGO_DENY,
     mutants,
     needs::{self, Purpose},
-    shell, soak,
+    shell, soak, vm,
 };
 
 #[derive(clap::Args)]
@@ -32,8 +32,8 @@ pub(crate) struct Args {
     /// Name the tests instead of running them
     #[arg(long)]
     list: bool,
-    /// Also take out one rule of the kernel half at a time and demand red, run `mutants`, and a
-    /// short `soak`
+    /// Also take out one rule of the kernel half at a time and demand red, and run `mutants`, `vm`
+    /// and a short `soak`
     #[arg(long)]
     full: bool,
 }
@@ -90,6 +90,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         total.add(rules::run());
         println!("== mutants ==");
         total.add(mutants::count());
+        println!("== vm ==");
+        total.add(vm::count());
         println!("== soak ==");
         total.add(soak::count(SOAK_MINUTES));
     }
