@@ -1,5 +1,5 @@
-//! The text of an identity, as SPIFFE or Linkerd spell it: each accepted one has one spelling, and no character that would mean
-//! something in a log, a metric or a path.
+//! The text of an identity, as SPIFFE or Linkerd spell it: each accepted one has one spelling, and
+//! no character that would mean something in a log, a metric or a path.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
