@@ -48,8 +48,7 @@ pub(crate) fn judge(ctx: &TcContext, slot: Slot) -> Verdict {
         )
     };
     let sender = Sender::of(ctx);
-    let owner = sender.map_or(0, |sender| sender.owner);
-    if mark == our_mark() && (owner == owner::OURS || !rule(rule::STORAGE_DECIDES)) {
+    if mark == our_mark() && (sender.owner == owner::OURS || !rule(rule::STORAGE_DECIDES)) {
         return Verdict::Pass;
     }
 
@@ -69,17 +68,11 @@ pub(crate) fn judge(ctx: &TcContext, slot: Slot) -> Verdict {
 
 /// A SYN of an application.
 #[inline(always)]
-fn open(
-    slot: Slot,
-    pod: &PodConfig,
-    segment: &Segment,
-    tuple: &Tuple,
-    sender: Option<Sender>,
-) -> Verdict {
-    let taken = sender.is_some_and(|sender| sender.owner == owner::TAKEN);
+fn open(slot: Slot, pod: &PodConfig, segment: &Segment, tuple: &Tuple, sender: Sender) -> Verdict {
+    let taken = sender.owner == owner::TAKEN;
     if excepted(pod, segment) {
         // The socket may have had a captured connection before: this is a new one.
-        if let (true, Some(sender)) = (taken, sender) {
+        if taken {
             sender.mark(0);
         }
         return Verdict::Pass;
@@ -95,9 +88,7 @@ fn open(
             return Verdict::Drop(Counter::NoOutboundListener);
         }
     }
-    if let Some(sender) = sender
-        && !sender.mark(owner::TAKEN)
-    {
+    if !sender.mark(owner::TAKEN) {
         return Verdict::Drop(Counter::RedirectFailed);
     }
     forget_standing(slot, tuple);
@@ -115,7 +106,7 @@ fn go_on(
     pod: &PodConfig,
     segment: &Segment,
     tuple: &Tuple,
-    sender: Option<Sender>,
+    sender: Sender,
     empty: bool,
 ) -> Verdict {
     let flipped = Tuple {
@@ -127,10 +118,7 @@ fn go_on(
     match owner_of(ctx, &flipped, segment.family) {
         // Only a socket of ours can be at home at somebody else's address.
         Owner::Socket(_) | Owner::Request | Owner::OurRequest | Owner::TimeWait => {
-            if let Some(sender) = sender
-                && sender.owner != owner::TAKEN
-                && rule(rule::NEVER_PLAIN)
-                && !sender.mark(owner::TAKEN)
+            if sender.owner != owner::TAKEN && rule(rule::NEVER_PLAIN) && !sender.mark(owner::TAKEN)
             {
                 return Verdict::Drop(Counter::RedirectFailed);
             }
@@ -142,8 +130,7 @@ fn go_on(
         return Verdict::Pass;
     }
 
-    let owner = sender.map_or(0, |sender| sender.owner);
-    if owner == owner::TAKEN {
+    if sender.owner == owner::TAKEN {
         // Our end is gone. The listener answers RST, and the application learns of it.
         return if listener_stands(slot, OUTBOUND, segment.family) {
             Verdict::Outbound
@@ -151,15 +138,13 @@ fn go_on(
             Verdict::Drop(Counter::OrphanedTaken)
         };
     }
-    if owner == owner::PROBED {
+    if sender.owner == owner::PROBED {
         return Verdict::Pass;
     }
     if probe(slot, tuple) != Probe::No {
-        if let Some(sender) = sender {
-            // Later packets pass when the probe's entry is gone. If there is no memory for that
-            // they are dropped then, and the probe is repeated.
-            sender.mark(owner::PROBED);
-        }
+        // Later packets pass when the probe's entry is gone. If there is no memory for that they
+        // are dropped then, and the probe is repeated.
+        sender.mark(owner::PROBED);
         return Verdict::Pass;
     }
     if is_standing(slot, tuple) {
@@ -169,13 +154,13 @@ fn go_on(
     if pod.flags & LENIENT != 0 {
         return Verdict::Pass;
     }
-    let listens = sender.is_some_and(|sender| sender.listens);
+    let listens = sender.listens;
     if contains(&pod.skip_inbound, segment.source_port) || (!listens && excepted(pod, segment)) {
         return Verdict::Pass;
     }
     // What the kernel says for no socket, or refuses on a listener's behalf. A SYN-ACK of an
     // application's listener is neither: its SYN came past us.
-    if empty && (sender.is_none() || (listens && !segment.is_syn_ack())) {
+    if empty && (sender.is_nobody() || (listens && !segment.is_syn_ack())) {
         return Verdict::Pass;
     }
     Verdict::Drop(Counter::UnknownSender)
@@ -202,7 +187,6 @@ pub(crate) fn contains(ranges: &[PortRange], port: [u8; 2]) -> bool {
 #[inline(always)]
 pub(crate) fn is_link_local(addr: &Addr) -> bool {
     let bytes = &addr.0;
-    let mapped = bytes[10] == 0xff && bytes[11] == 0xff && bytes[0] == 0 && bytes[1] == 0;
     (bytes[0] == 0xfe && bytes[1] & 0xc0 == 0x80)
-        || (mapped && bytes[12] == 169 && bytes[13] == 254)
+        || (addr.is_v4() && bytes[12] == 169 && bytes[13] == 254)
 }

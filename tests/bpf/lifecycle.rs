@@ -13,7 +13,9 @@ use picomesh_common::{Counter, config::rule};
 
 use crate::{
     Test,
-    topology::{FAMILIES, SLOT, SOON, Setup, Topology, accept, dial, serve},
+    topology::{
+        FAMILIES, QUIET, SLOT, SOON, Setup, Topology, accept, attempt, dial, families, serve,
+    },
 };
 
 pub(crate) const TESTS: &[Test] = &[
@@ -26,6 +28,10 @@ pub(crate) const TESTS: &[Test] = &[
         replacement,
     ),
     ("what_somebody_took_off_is_noticed_and_put_back", repair),
+    (
+        "without_the_programs_that_decide_a_pod_is_closed",
+        no_program,
+    ),
     ("tcx_and_clsact_never_stand_together", change_of_way),
     ("leaving_removes_every_trace", removal),
     (
@@ -54,7 +60,7 @@ fn adoption(setup: &Setup) -> Result<()> {
             },
         "{hooks:?}"
     );
-    for family in FAMILIES {
+    for family in families() {
         let _app = dial(&topology.pod, SocketAddr::new(family.client, 80))?;
         accept(&listeners.outbound[family.index as usize])?;
     }
@@ -132,6 +138,33 @@ fn repair(setup: &Setup) -> Result<()> {
     Ok(())
 }
 
+/// The array of shared programs loses them when nobody has it open and its pin is removed.
+fn no_program(setup: &Setup) -> Result<()> {
+    let (mut topology, listeners) = Topology::with_listeners(setup)?;
+    std::fs::remove_file(topology.bpf_dir.join("v1/maps/JUMPS"))?;
+    topology.loader = Loader::new(topology.setup_settings.clone())?;
+    for family in families() {
+        let before = topology.count(Counter::NoProgram)?;
+        let end = attempt(&topology.pod, SocketAddr::new(family.client, 80), QUIET)?;
+        ensure!(end == Some(std::io::ErrorKind::TimedOut), "{end:?}");
+        topology.await_count(Counter::NoProgram, before)?;
+    }
+    ensure!(!hooks(&topology)?.same_build, "nobody would notice");
+    topology.attach()?;
+    ensure!(
+        hooks(&topology)?
+            == PodHooks {
+                faults: vec![],
+                same_build: true
+            },
+        "{:?}",
+        hooks(&topology)?
+    );
+    let _app = dial(&topology.pod, SocketAddr::new(FAMILIES[0].client, 80))?;
+    accept(&listeners.outbound[0])?;
+    Ok(())
+}
+
 fn change_of_way(setup: &Setup) -> Result<()> {
     let (mut topology, listeners) = Topology::with_listeners(setup)?;
     let was_tcx = topology.loader.uses_tcx();
@@ -174,7 +207,7 @@ fn removal(setup: &Setup) -> Result<()> {
     ensure!(topology.loader.local()?.is_empty());
     ensure!(topology.loader.pinned_slots()?.is_empty());
     // The pod is as it was.
-    for family in FAMILIES {
+    for family in families() {
         let server = serve(&topology.client, SocketAddr::new(family.client, 80))?;
         let _app = dial(&topology.pod, server.local_addr()?)?;
         accept(&server).context("outbound")?;

@@ -5,9 +5,11 @@
 //! the mesh off. `cargo xtask test --tier mesh` builds the agent and says where it lies.
 mod failclosed;
 mod ground;
+mod handover;
 mod harness;
 mod identity_attacks;
 mod lifecycle;
+mod network_policy;
 mod policy;
 mod restart;
 mod scale;
@@ -25,10 +27,12 @@ fn main() -> ExitCode {
             world::TESTS,
             traffic::TESTS,
             policy::TESTS,
+            network_policy::TESTS,
             failclosed::TESTS,
             identity_attacks::TESTS,
             lifecycle::TESTS,
             restart::TESTS,
+            handover::TESTS,
             services::TESTS,
             settings::TESTS,
             shown::TESTS,

@@ -8,7 +8,7 @@ mod pods;
 mod restart;
 mod world;
 
-use libtest_mimic::{Completion, Failed, Trial};
+use libtest_mimic::{Completion, Trial};
 
 type Test = (&'static str, fn() -> anyhow::Result<()>);
 
@@ -22,9 +22,7 @@ pub(crate) fn trials(missing: Option<&str>) -> Vec<Trial> {
             let missing = missing.map(str::to_owned);
             Trial::ignorable_test(format!("datapath::{name}"), move || match missing {
                 Some(reason) => Ok(Completion::ignored_with(reason)),
-                None => test()
-                    .map(|()| Completion::Completed)
-                    .map_err(|error| Failed::from(format!("{error:#}"))),
+                None => crate::completion(test()),
             })
         })
         .collect()

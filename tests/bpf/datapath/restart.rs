@@ -20,10 +20,12 @@ use picomesh_common::{
     config::{LAYOUT, rule},
 };
 
+use picomesh_tests::requirements;
+
 use super::{
     Test,
     agent::{Agent, Dirs, desired, until},
-    pods::{CLIENT, SERVER, World, dial, ping},
+    pods::{CLIENT, SERVER, World, addresses, dial, ping},
     world::Netns,
 };
 
@@ -87,7 +89,8 @@ fn layouts() -> Result<()> {
 
 /// What the agent needs to know again is gone, while none runs.
 fn lost() -> Result<()> {
-    let remove: [(&str, fn(&DatapathSettings) -> Result<()>); 4] = [
+    type Loss = fn(&DatapathSettings) -> Result<()>;
+    let remove: [(&str, Loss); 4] = [
         ("the records", |settings| {
             Ok(fs::remove_file(settings.run_dir.join("pods.json"))?)
         }),
@@ -146,26 +149,23 @@ fn damage() -> Result<()> {
             world.client.ip(&["link", "del", "mesh0"]).map(drop)
         }),
         ("rules removed", false, |world, _| {
-            world.client.ip(&["-4", "rule", "del", "pref", "1"])?;
-            world
-                .client
-                .ip(&["-6", "rule", "del", "pref", "1"])
-                .map(drop)
+            for_families(|family| {
+                let rule = [family, "rule", "del", "pref", "1"];
+                world.client.ip(&rule).map(drop)
+            })
         }),
         ("routes flushed", false, |world, _| {
-            world
-                .client
-                .ip(&["-4", "route", "flush", "table", "15001"])?;
-            world
-                .client
-                .ip(&["-6", "route", "flush", "table", "15001"])
-                .map(drop)
+            for_families(|family| {
+                let routes = [family, "route", "flush", "table", "15001"];
+                world.client.ip(&routes).map(drop)
+            })
         }),
         ("a link's pin unlinked", false, |_, settings| {
             let pods = settings.bpf_dir.join(format!("v{LAYOUT}/pods"));
             for slot in names(&pods)? {
                 for name in names(&pods.join(&slot))? {
-                    if name.starts_with("egress-") {
+                    // Before Linux 6.6 there is no other.
+                    if name.starts_with("egress-") || name == "steer" {
                         fs::remove_file(pods.join(&slot).join(name))?;
                     }
                 }
@@ -253,6 +253,14 @@ fn damage() -> Result<()> {
     Ok(())
 }
 
+fn for_families(deed: impl Fn(&str) -> Result<()>) -> Result<()> {
+    deed("-4")?;
+    if requirements::ipv6() {
+        deed("-6")?;
+    }
+    Ok(())
+}
+
 fn reused() -> Result<()> {
     let world = World::new("reused")?;
     let third = Netns::new("reused-third")?;
@@ -314,7 +322,7 @@ fn made_again() -> Result<()> {
         let mut stream = world.dial(server.at)?;
         ensure!(ping(&mut stream)?.port() != stream.local_addr()?.port());
         let local = look(&world.dirs)?.local()?;
-        for ip in CLIENT {
+        for ip in addresses(&CLIENT) {
             let ip: std::net::IpAddr = ip.parse()?;
             ensure!(local.get(&ip.into()) == Some(&slot), "{ip}: {local:?}");
         }

@@ -19,6 +19,7 @@ use super::{
     enrolment,
     error::PodError,
     leaving::{self, Leave},
+    pause::Turns,
     table::{Job, Outcome, Table},
 };
 use crate::state::PodUid;
@@ -35,6 +36,7 @@ pub(super) struct Reconciler {
     pub(super) core: Arc<Core>,
     pub(super) table: Arc<Mutex<Table>>,
     pub(super) kick: Arc<Notify>,
+    pub(super) turns: Arc<Turns>,
 }
 
 impl Reconciler {
@@ -52,6 +54,7 @@ impl Reconciler {
         }
         let mut next_full = Instant::now();
         loop {
+            let turn = self.turns.take().await;
             let now = Instant::now();
             let all = now >= next_full;
             if all {
@@ -63,6 +66,7 @@ impl Reconciler {
             if self.table.lock().is_well() {
                 self.tidy().await;
             }
+            drop(turn);
 
             let wake = self.table.lock().next_look(Instant::now());
             let wake = wake.map_or(next_full, |wake| wake.min(next_full));
@@ -102,6 +106,7 @@ impl Reconciler {
         let mut jobs = jobs.into_iter();
         loop {
             while running.len() < WORKERS
+                && !self.turns.is_asked()
                 && let Some((uid, job)) = jobs.next()
             {
                 let (core, standing) = (Arc::clone(&self.core), Arc::clone(&standing));

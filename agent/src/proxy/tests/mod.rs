@@ -5,6 +5,8 @@
 
 mod attacks;
 mod ends;
+mod network_policy;
 mod policy;
 mod relay;
+mod tunnels;
 mod world;

@@ -22,9 +22,14 @@ use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::{
-    access_log::{AccessLog, Format},
+    access_log::{AccessLog, Format, Style},
     datapath::{PodEvent, PodListeners, PodSockets, Source},
-    identity::{Identities, ca::LocalCa, clock::SystemClock, manager},
+    identity::{
+        Identities,
+        ca::{LIFE, LocalCa},
+        clock::SystemClock,
+        manager,
+    },
     metrics::{Metrics, MetricsSettings},
     proxy::{Proxy, ProxySettings, Surroundings, Timing},
     state::{
@@ -234,8 +239,8 @@ pub(super) struct World {
     pub(super) two: Agent,
     pub(super) objects: Objects,
     inner: Arc<std::fs::File>,
-    /// Ends the certificate manager's task with the world.
-    _ca: tempfile::TempDir,
+    /// Both agents' authority.
+    pub(super) ca: tempfile::TempDir,
 }
 
 struct Lines(Arc<Mutex<Vec<u8>>>);
@@ -270,7 +275,7 @@ impl World {
             two,
             objects,
             inner,
-            _ca: ca,
+            ca,
         }
     }
 
@@ -400,7 +405,7 @@ async fn agent(
         1,
         objects,
     )));
-    let signer = LocalCa::open(ca, "cluster.local".into(), Arc::new(SystemClock)).unwrap();
+    let signer = LocalCa::open(ca, "cluster.local".into(), LIFE, Arc::new(SystemClock)).unwrap();
     let manager = manager::Settings::new("cluster.local".into());
     let (identities, _driver) = Identities::start(signer, manager).unwrap();
     let wanted: Vec<_> = ["caller", "callee", "neighbour", "stranger"]
@@ -417,7 +422,11 @@ async fn agent(
         ..MetricsSettings::default()
     });
     let lines = Arc::new(Mutex::new(Vec::new()));
-    let log = AccessLog::start(Format::Text, Lines(Arc::clone(&lines))).unwrap();
+    let style = Style {
+        format: Format::Text,
+        cluster_domain: "cluster.local".into(),
+    };
+    let log = AccessLog::start(style, Lines(Arc::clone(&lines))).unwrap();
     let mut proxy = ProxySettings {
         threads: 2,
         tunnel_listen: vec![at(node, 15008)],

@@ -5,12 +5,17 @@
 //! who they are. Nothing here resolves or decides where a connection goes.
 
 mod admission;
-mod hbone;
+pub mod hbone;
 mod pool;
 pub(super) mod server;
 mod wire;
 
-use std::{cell::RefCell, net::SocketAddr, rc::Rc, time::Duration};
+use std::{
+    cell::{Cell, RefCell},
+    net::SocketAddr,
+    rc::Rc,
+    time::Duration,
+};
 
 use serde::Serialize;
 use tokio::sync::Notify;
@@ -33,7 +38,8 @@ pub struct TunnelStatus {
     pub streams: usize,
     /// Payload of both directions.
     pub bytes: u64,
-    pub age: Duration,
+    /// Since it was opened.
+    pub seconds: u64,
     /// No new streams: the peer or we said goodbye, or the certificate was renewed.
     pub retiring: bool,
 }
@@ -42,11 +48,16 @@ pub struct TunnelStatus {
 #[derive(Default)]
 pub(super) struct Tunnels {
     open: RefCell<Vec<Rc<ServerTunnel>>>,
+    /// A successor accepts: whoever finishes a handshake now is sent there.
+    retiring: Cell<bool>,
     emptied: Notify,
 }
 
 impl Tunnels {
     fn add(&self, tunnel: &Rc<ServerTunnel>) {
+        if self.retiring.get() {
+            tunnel.say_goodbye();
+        }
         self.open.borrow_mut().push(Rc::clone(tunnel));
     }
 
@@ -65,6 +76,12 @@ impl Tunnels {
         }
     }
 
+    /// Goodbye to everybody, and to whoever comes late.
+    pub(super) fn retire(&self) {
+        self.retiring.set(true);
+        self.say_goodbye();
+    }
+
     /// Returns when no tunnel is left.
     pub(super) async fn empty(&self) {
         while !self.open.borrow().is_empty() {
@@ -72,10 +89,12 @@ impl Tunnels {
         }
     }
 
-    /// Says goodbye to tunnels that nobody has used for so long.
+    /// Says goodbye to tunnels that nobody has used for so long, and to clients whose certificate
+    /// is over: their open streams finish.
     pub(super) fn tidy(&self, idle: Duration) {
         for tunnel in self.open.borrow().iter() {
-            if tunnel.idle_for().is_some_and(|unused| unused > idle) {
+            let unused = tunnel.idle_for().is_some_and(|unused| unused > idle);
+            if unused || tunnel.expired() {
                 tunnel.say_goodbye();
             }
         }

@@ -14,7 +14,7 @@ use std::{
     rc::Rc,
     sync::Arc,
     task::Waker,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use bytes::Bytes;
@@ -61,8 +61,9 @@ pub(in crate::proxy) enum Port {
 
 /// One tunnel that somebody opened to us.
 pub(super) struct ServerTunnel {
-    /// Proven by the client's certificate.
+    /// Proven by the client's certificate, as long as that lasts.
     client: Identity,
+    until: SystemTime,
     /// What SNI asked for; we showed its certificate.
     server: Identity,
     /// Where the tunnel comes from, and where it came in.
@@ -86,6 +87,11 @@ impl ServerTunnel {
         }
     }
 
+    /// The client's certificate is over: what it proved counts for nothing new.
+    pub(super) fn expired(&self) -> bool {
+        SystemTime::now() >= self.until
+    }
+
     pub(super) fn idle_for(&self) -> Option<Duration> {
         (self.streams.get() == 0).then(|| self.idle_since.get().elapsed())
     }
@@ -98,7 +104,7 @@ impl ServerTunnel {
             remote: self.remote,
             streams: self.streams.get(),
             bytes: self.moved.get(),
-            age: self.opened.elapsed(),
+            seconds: self.opened.elapsed().as_secs(),
             retiring: self.goodbye.get(),
         }
     }
@@ -170,7 +176,7 @@ async fn shake_hands(
     let deadline = tokio::time::Instant::now() + thread.settings.timing.handshake;
     let handshake = timeout_at(deadline, async {
         let (tls, server) = accept_tls(thread, tcp, &port).await?;
-        let client = client_identity(&tls)?;
+        let client = client(&tls)?;
         let connection = hbone::server()
             .handshake::<_, Bytes>(tls)
             .await
@@ -190,7 +196,8 @@ async fn shake_hands(
     };
     let now = Instant::now();
     let tunnel = Rc::new(ServerTunnel {
-        client,
+        client: client.identity,
+        until: client.until,
         server,
         remote,
         local,
@@ -251,14 +258,14 @@ async fn accept_tls(
     Ok((tls, identity))
 }
 
-fn client_identity(tls: &TlsStream<Wire>) -> Result<Identity, Refusal> {
+fn client(tls: &TlsStream<Wire>) -> Result<identity::Peer, Refusal> {
     let leaf = tls
         .get_ref()
         .1
         .peer_certificates()
         .and_then(|chain| chain.first())
         .ok_or(Reason::CertificateMissing)?;
-    identity::peer_identity(leaf)
+    identity::peer(leaf)
         .map_err(|error| Refusal::new(Reason::CertificateInvalid, error.to_string()))
 }
 
@@ -285,7 +292,7 @@ fn handshake_failed(error: &io::Error) -> Refusal {
         },
         _ => Reason::HandshakeFailed,
     };
-    Refusal::new(reason, error.to_string())
+    Refusal::new(reason, identity::handshake_sentence(error))
 }
 
 /// Accepts streams until the tunnel ends.
@@ -391,9 +398,14 @@ async fn establish(
     report: &mut Report,
 ) -> Result<Standing, Refusal> {
     report.record.src_identity = Some(tunnel.client.clone());
-    report.record.dst_hbone_addr = Some(tunnel.local);
     let target = hbone::target(request)?;
-    report.record.dst_addr = target;
+    report.record.dst_hbone_addr = Some(target);
+    if tunnel.expired() {
+        return Err(Refusal::new(
+            Reason::CertificateExpired,
+            "the certificate that the tunnel was opened with is over",
+        ));
+    }
     let mut mesh = thread.mesh();
     let callee = callee(thread, tunnel, &mesh, target)?;
     report.record.dst_workload = Some(Arc::clone(&callee));
@@ -424,6 +436,11 @@ async fn establish(
 
     let client = Client {
         ip: client_addr.ip(),
+        // At a pod's own port the address is the peer's and not yet held against its identity.
+        pod: caller
+            .as_ref()
+            .filter(|pod| pod.identity == tunnel.client)
+            .map(|pod| pod.uid.clone()),
         identity: ClientIdentity::Proven(tunnel.client.clone()),
     };
     let mut info = FlowInfo {
@@ -433,12 +450,13 @@ async fn establish(
         client_id: Some(tunnel.client.clone()),
         server_id: Some(callee.identity.clone()),
         target,
+        endpoint: target,
         service: None,
         tls: TlsStatus::True,
         server: None,
         authz: None,
     };
-    match authz::decide(&callee, &client, target.port()) {
+    match authz::decide(&mesh, &callee, &client, target.port()) {
         Ok(allowed) => {
             info.server = allowed.server;
             info.authz = allowed.authz;
@@ -451,13 +469,7 @@ async fn establish(
         Err(denied) => {
             info.server = denied.server;
             thread.recorder.authz(&info, false);
-            let detail = format!(
-                "{} may not call port {} of {}",
-                tunnel.client,
-                target.port(),
-                callee.key
-            );
-            return Err(Refusal::new(denied.reason, detail));
+            return Err(denied.refusal);
         }
     }
 
