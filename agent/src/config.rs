@@ -386,7 +386,9 @@ impl RunArgs {
             let remedy = "a name of 1 to 253 characters is needed";
             return Err(BadValue::new("--cluster-name", self.cluster_name, remedy));
         }
-        if !self.manifests.is_dir() {
+        // What an agent before read there is in force until it can be read.
+        let kept = self.dirs.run_dir.join(crate::snapshot::STATE);
+        if !self.manifests.is_dir() && !kept.is_file() {
             let remedy = "is no directory; make it and put the cluster's manifests there";
             let value = self.manifests.display();
             return Err(BadValue::new("--manifests", value, remedy));

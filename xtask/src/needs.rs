@@ -31,18 +31,21 @@ pub(crate) enum Purpose {
     Deny,
     /// Testing the tests
     Mutants,
+    /// Fuzzing what reads bytes of others
+    Fuzz,
     /// Booting other kernels
     Vm,
 }
 
 impl Purpose {
-    pub(crate) const ALL: [Self; 7] = [
+    pub(crate) const ALL: [Self; 8] = [
         Self::Build,
         Self::Ebpf,
         Self::World,
         Self::Bench,
         Self::Deny,
         Self::Mutants,
+        Self::Fuzz,
         Self::Vm,
     ];
 
@@ -54,6 +57,7 @@ impl Purpose {
             Self::Bench => "bench",
             Self::Deny => "deny",
             Self::Mutants => "mutants",
+            Self::Fuzz => "fuzz",
             Self::Vm => "vm",
         }
     }
@@ -200,6 +204,12 @@ const NEEDS: &[Need] = &[
         source: Source::Tool(&CARGO_MUTANTS),
         why: "changes the files that decide",
     },
+    package(
+        Purpose::Fuzz,
+        "g++",
+        Sign::Program("c++"),
+        "compiles libFuzzer",
+    ),
     package(
         Purpose::Vm,
         "qemu-system-x86",

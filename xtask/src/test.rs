@@ -13,10 +13,10 @@ use std::process::{Command, ExitCode};
 use anyhow::Result;
 use picomesh_tests::{reaper, requirements};
 
-pub(crate) use self::count::Count;
+pub(crate) use self::{count::Count, steps::run as run_step};
 use crate::{
     cache::CARGO_DENY,
-    mutants,
+    fuzz, mutants,
     needs::{self, Purpose},
     shell, soak, vm,
 };
@@ -33,7 +33,7 @@ pub(crate) struct Args {
     #[arg(long)]
     list: bool,
     /// Also take out one rule of the kernel half at a time and demand red, and run `mutants`, `vm`
-    /// and a short `soak`
+    /// and `fuzz`, and a short `soak`
     #[arg(long)]
     full: bool,
 }
@@ -92,6 +92,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         total.add(mutants::count());
         println!("== vm ==");
         total.add(vm::count());
+        println!("== fuzz ==");
+        total.add(fuzz::count());
         println!("== soak ==");
         total.add(soak::count(SOAK_MINUTES));
     }
@@ -197,6 +199,11 @@ fn commands(tier: Tier, filter: Option<&str>) -> Vec<(&'static str, Command)> {
             deny.env("PATH", format!("{}:{path}", CARGO_DENY.bin_dir().display()));
             vec![
                 ("fmt", cargo(&["fmt", "--all", "--check"])),
+                // Not of the workspace.
+                (
+                    "fmt of the fuzz targets",
+                    cargo(&["fmt", "--manifest-path", "tests/fuzz/Cargo.toml", "--check"]),
+                ),
                 (
                     "clippy",
                     cargo(&[

@@ -48,7 +48,7 @@ use crate::{
 
 pub use accept::TunnelListeners;
 pub use reason::Reason;
-pub use tunnel::TunnelStatus;
+pub use tunnel::{TunnelStatus, hbone};
 
 /// The port of tunnels, of nodes and (ztunnel's way) of pods.
 pub use picomesh_common::config::TUNNEL_PORT;

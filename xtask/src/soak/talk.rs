@@ -433,17 +433,20 @@ fn is_nothing_yet(e: &io::Error) -> bool {
 }
 
 fn how(e: io::Error) -> How {
-    match e.kind() {
-        ErrorKind::ConnectionReset | ErrorKind::BrokenPipe | ErrorKind::NotConnected => How::Reset,
-        _ if is_nothing_yet(&e) => How::Silent,
-        _ => How::Other(e.to_string()),
+    if matches!(
+        e.kind(),
+        ErrorKind::ConnectionReset | ErrorKind::BrokenPipe | ErrorKind::NotConnected
+    ) {
+        How::Reset
+    } else if is_nothing_yet(&e) {
+        How::Silent
+    } else {
+        How::Other(e.to_string())
     }
 }
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test")]
-
     use std::{net::TcpListener, sync::Arc};
 
     use super::*;

@@ -5,7 +5,7 @@
 //! who they are. Nothing here resolves or decides where a connection goes.
 
 mod admission;
-mod hbone;
+pub mod hbone;
 mod pool;
 pub(super) mod server;
 mod wire;
