@@ -13,12 +13,12 @@ use std::process::{Command, ExitCode};
 use anyhow::Result;
 use picomesh_tests::{reaper, requirements};
 
-pub(crate) use self::count::Count;
+pub(crate) use self::{count::Count, steps::run as run_step};
 use crate::{
     cache::CARGO_DENY,
-    mutants,
+    fuzz, mutants,
     needs::{self, Purpose},
-    shell, vm,
+    shell, soak, vm,
 };
 
 #[derive(clap::Args)]
@@ -32,10 +32,14 @@ pub(crate) struct Args {
     /// Name the tests instead of running them
     #[arg(long)]
     list: bool,
-    /// Also take out one rule of the kernel half at a time and demand red, and run `mutants` and `vm`
+    /// Also take out one rule of the kernel half at a time and demand red, and run `mutants`, `vm`
+    /// and `fuzz`, and a short `soak`
     #[arg(long)]
     full: bool,
 }
+
+/// Enough for every disturbance to come; before a release `cargo xtask soak` belongs beside it.
+const SOAK_MINUTES: u64 = 3;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Tier {
@@ -88,6 +92,10 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         total.add(mutants::count());
         println!("== vm ==");
         total.add(vm::count());
+        println!("== fuzz ==");
+        total.add(fuzz::count());
+        println!("== soak ==");
+        total.add(soak::count(SOAK_MINUTES));
     }
     for name in &total.failures {
         println!("failed: {name}");
@@ -191,6 +199,11 @@ fn commands(tier: Tier, filter: Option<&str>) -> Vec<(&'static str, Command)> {
             deny.env("PATH", format!("{}:{path}", CARGO_DENY.bin_dir().display()));
             vec![
                 ("fmt", cargo(&["fmt", "--all", "--check"])),
+                // Not of the workspace.
+                (
+                    "fmt of the fuzz targets",
+                    cargo(&["fmt", "--manifest-path", "tests/fuzz/Cargo.toml", "--check"]),
+                ),
                 (
                     "clippy",
                     cargo(&[
