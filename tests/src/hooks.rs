@@ -1,12 +1,12 @@
 //! Which programs stand at a pod's hooks, asked of the kernel: what the agent believes is no proof
 //! of it.
 
-use std::{io, os::fd::AsRawFd};
+use std::{io, os::fd::AsRawFd, process::Command};
 
 use anyhow::{Context, Result};
 use nix::libc;
 
-use crate::Netns;
+use crate::{Netns, requirements};
 
 /// Identifiers of the programs at each hook of a pod, in the kernel's order.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,15 +17,16 @@ pub struct Hooks {
 }
 
 impl Hooks {
-    /// What stands at `eth0` and at the namespace itself. Needs TCX (Linux 6.6).
+    /// What stands at `eth0` and at the namespace itself; at `eth0` by TCX, or before Linux 6.6
+    /// by clsact.
     pub fn of(netns: &Netns) -> Result<Self> {
         netns
             .run(|| {
                 let eth0 = nix::net::if_::if_nametoindex("eth0")?;
                 let own = std::fs::File::open("/proc/thread-self/ns/net")?;
                 Ok::<_, io::Error>(Self {
-                    egress: programs(eth0, TCX_EGRESS)?,
-                    ingress: programs(eth0, TCX_INGRESS)?,
+                    egress: tc_programs(eth0, TCX_EGRESS, "egress")?,
+                    ingress: tc_programs(eth0, TCX_INGRESS, "ingress")?,
                     steer: programs(own.as_raw_fd().cast_unsigned(), SK_LOOKUP)?,
                 })
             })
@@ -71,6 +72,24 @@ struct Query {
     link_ids: u64,
     link_attach_flags: u64,
     revision: u64,
+}
+
+/// Programs of `eth0` in the calling thread's namespace.
+fn tc_programs(eth0: u32, attach_type: u32, direction: &str) -> io::Result<Vec<u32>> {
+    if requirements::kernel() >= (6, 6) {
+        return programs(eth0, attach_type);
+    }
+    let output = Command::new("tc")
+        .args(["filter", "show", "dev", "eth0", direction])
+        .output()?;
+    // `… direct-action not_in_hw id 42 tag …`; without a clsact it says nothing.
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let words: Vec<&str> = text.split_whitespace().collect();
+    Ok(words
+        .windows(2)
+        .filter(|pair| pair[0] == "id")
+        .filter_map(|pair| pair[1].parse().ok())
+        .collect())
 }
 
 /// `target` is an interface's index, or a descriptor of a network namespace.

@@ -100,10 +100,7 @@ impl Channel {
     }
 
     pub async fn receive(&self) -> Result<Received, ChannelError> {
-        let packet = self
-            .socket
-            .async_io(Interest::READABLE, |socket| read(socket))
-            .await?;
+        let packet = self.socket.async_io(Interest::READABLE, read).await?;
         let Packet {
             bytes,
             files,

@@ -245,10 +245,11 @@ impl House {
             ready,
             taken,
         } = self.terms.patience;
-        match self.hear(channel, "hello", hello).await? {
-            Message::Hello(hello) => self.consider(&hello)?,
-            other => return Err(out_of_turn(&other, "hello")),
-        }
+        let heard = self.hear(channel, "hello", hello).await?;
+        let Message::Hello(hello) = &heard else {
+            return Err(out_of_turn(&heard, "hello"));
+        };
+        self.consider(hello)?;
         let Ok(_seat) = self.seat.try_acquire() else {
             return Err(NoSuccessor::Refused(
                 "another agent is taking over already; let it finish".into(),
@@ -290,10 +291,10 @@ impl House {
             .map_err(ChannelError::from)?;
         drop(borrowed);
         drop(files);
-        match self.hear(channel, "ready", ready).await? {
-            Message::Ready => {}
-            other => return Err(out_of_turn(&other, "ready")),
-        }
+        let heard = self.hear(channel, "ready", ready).await?;
+        let Message::Ready = heard else {
+            return Err(out_of_turn(&heard, "ready"));
+        };
 
         info!(process, "the successor is ready; it repairs from now on");
         self.estate.pause().await;
@@ -301,9 +302,11 @@ impl House {
             Ok(()) => self.hear(channel, "taken", taken).await,
             Err(error) => Err(ChannelError::from(error).into()),
         };
-        let heard = heard.and_then(|message| match message {
-            Message::Taken => Ok(()),
-            other => Err(out_of_turn(&other, "taken")),
+        let heard = heard.and_then(|message| {
+            let Message::Taken = message else {
+                return Err(out_of_turn(&message, "taken"));
+            };
+            Ok(())
         });
         match heard {
             Ok(()) => {

@@ -161,15 +161,15 @@ fn hello() -> Hello {
 }
 
 async fn refusal(channel: &Channel) -> String {
-    match timeout(SOON, channel.receive())
+    let heard = timeout(SOON, channel.receive())
         .await
         .unwrap()
         .unwrap()
-        .message
-    {
-        Message::Refused { reason } => reason,
-        other => panic!("{}", other.name()),
-    }
+        .message;
+    let Message::Refused { reason } = heard else {
+        panic!("{}", heard.name());
+    };
+    reason
 }
 
 #[tokio::test]
@@ -352,11 +352,11 @@ async fn who_only_says_unknown_things_is_not_listened_to_for_ever() {
     let channel = stage.channel().await;
     let reason = loop {
         raw(&channel, br#"{"message":"blah"}"#, &[]);
-        match channel.receive().await.unwrap().message {
-            Message::Unknown { .. } => {}
-            Message::Refused { reason } => break reason,
-            other => panic!("{}", other.name()),
+        let heard = channel.receive().await.unwrap().message;
+        if let Message::Refused { reason } = heard {
+            break reason;
         }
+        assert!(matches!(heard, Message::Unknown { .. }), "{}", heard.name());
     };
     assert!(reason.contains("in a row"), "{reason}");
 }

@@ -109,7 +109,7 @@ fn random_inside(setup: &Setup) -> Result<()> {
         seen.add(batch(&mut ground, seed << 32 | number, now)?);
         left -= now;
     }
-    println!("{packets} packets from seed {seed}: {seen}");
+    eprintln!("{packets} packets from seed {seed}: {seen}");
     // A generator that has forgotten a way through the rules tests nothing there.
     if packets >= PACKETS {
         seen.is_complete()?;

@@ -568,7 +568,7 @@ fn ends(
     };
     let same_kind = |connection: &Connection| {
         connection.local.is_ipv4() == place.pod.is_ipv4()
-            && place.ethernet == !is_bare(connection.local.ip())
+            && place.ethernet != is_bare(connection.local.ip())
     };
     let Connection { local, remote } = known.filter(same_kind).unwrap_or_else(|| {
         Connection::new(
