@@ -41,7 +41,7 @@ use crate::{
     identity::{self, Identities},
     local,
     metrics::{Metrics, MetricsSettings},
-    proxy::{Proxy, ProxySettings, Surroundings},
+    proxy::{Capacity, Caps, Proxy, ProxySettings, Surroundings},
     readiness::Readiness,
     state::{Mesh, MeshStore, objects::Objects},
     telemetry::{self, LogFormat, LogLevel},
@@ -123,6 +123,13 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
         "starting"
     );
     raise_file_limit();
+    let capacity = Capacity::read();
+    let caps = Caps::derive(&config.caps, &capacity);
+    info!(
+        ?capacity,
+        ?caps,
+        "what there is, and what pods may take of it"
+    );
 
     // The lock first: whoever has it may touch sockets and pins of this directory.
     let run_dir = RunDir::open(&config.run_dir)?;
@@ -211,6 +218,7 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
             threads: config.data_threads,
             tunnel_port: config.tunnel_port,
             hbone_to_pods: config.hbone_to_pods,
+            caps,
             ..ProxySettings::default()
         },
         Surroundings {
@@ -249,6 +257,7 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
         datapath: datapath.clone(),
         lost: lost_seen,
         proxy: proxy.clone(),
+        capacity,
     };
     let shown = Arc::new(shown);
     views::register(&shown, &metrics);

@@ -8,6 +8,7 @@ mod ground;
 mod harness;
 mod identity_attacks;
 mod lifecycle;
+mod limits;
 mod policy;
 mod scale;
 mod services;
@@ -31,6 +32,7 @@ fn main() -> ExitCode {
             settings::TESTS,
             shown::TESTS,
             scale::TESTS,
+            limits::TESTS,
         ]
         .concat(),
     )

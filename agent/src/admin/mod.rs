@@ -26,6 +26,7 @@ pub enum Request {
     Tunnels,
     Certificates,
     Policies,
+    Limits,
     LogLevel {
         /// `None`: only tell.
         level: Option<String>,
@@ -50,6 +51,7 @@ pub struct Views {
     pub tunnels: View,
     pub certificates: View,
     pub policies: View,
+    pub limits: View,
     /// `None` where logging is somebody else's (tests).
     pub log_level: Option<LogLevel>,
 }
@@ -62,6 +64,7 @@ impl Views {
             Request::Tunnels => Response::Ok((self.tunnels)()),
             Request::Certificates => Response::Ok((self.certificates)()),
             Request::Policies => Response::Ok((self.policies)()),
+            Request::Limits => Response::Ok((self.limits)()),
             Request::LogLevel { level } => self.log_level(level),
         }
     }

@@ -208,6 +208,7 @@ mod tests {
             tunnels: Box::new(|| json!([])),
             certificates: Box::new(|| json!([])),
             policies: Box::new(|| json!([])),
+            limits: Box::new(|| json!({})),
             log_level: None,
         }
     }

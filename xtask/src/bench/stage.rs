@@ -136,7 +136,9 @@ fn mesh(world: &World, binary: Option<&Path>, pods: &[&Pod]) -> Result<Vec<Agent
     let options = AgentOptions {
         binary: binary.map(Path::to_owned),
         ..AgentOptions::default()
-    };
+    }
+    // One pod makes all the load here; a variable, because older agents know no such flag.
+    .env("PICOMESH_POD_CONNECTION_RATE", "1000000");
     let agents = world
         .nodes()
         .iter()

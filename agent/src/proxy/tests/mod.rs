@@ -5,6 +5,7 @@
 
 mod attacks;
 mod ends;
+mod floods;
 mod policy;
 mod relay;
 mod world;
