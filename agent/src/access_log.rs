@@ -36,14 +36,15 @@ pub struct Record {
     pub src_workload: Option<Arc<Workload>>,
     /// Only if proven by mTLS or the netns.
     pub src_identity: Option<Identity>,
-    /// Original destination.
+    /// Where it was led: the tunnel's far end, or the endpoint; what was dialled if it got no
+    /// further.
     pub dst_addr: SocketAddr,
-    /// The tunnel's far end.
+    /// The target that the tunnel was asked for.
     pub dst_hbone_addr: Option<SocketAddr>,
     pub dst_service: Option<ObjectKey>,
     pub dst_workload: Option<Arc<Workload>>,
     pub dst_identity: Option<Identity>,
-    /// Bytes from the client to the server, and back.
+    /// As the pod of this node sees it: what it sent, and what it got.
     pub bytes_sent: u64,
     pub bytes_recv: u64,
     pub duration: Duration,
@@ -55,6 +56,14 @@ pub struct Record {
 pub enum Format {
     Text,
     Json,
+}
+
+/// How lines are written.
+#[derive(Clone, Debug)]
+pub struct Style {
+    pub format: Format,
+    /// Services are shown by their DNS names.
+    pub cluster_domain: Arc<str>,
 }
 
 /// Records that wait at most; some 4 MB.
@@ -93,8 +102,8 @@ struct State {
 
 impl AccessLog {
     /// Starts the writer. It ends when the last handle is gone, or the output breaks.
-    pub fn start(format: Format, output: impl Write + Send + 'static) -> io::Result<Self> {
-        Self::with(format, output, QUEUE, GATHER)
+    pub fn start(style: Style, output: impl Write + Send + 'static) -> io::Result<Self> {
+        Self::with(style, output, QUEUE, GATHER)
     }
 
     /// Takes records and forgets them.
@@ -138,7 +147,7 @@ impl AccessLog {
     }
 
     fn with(
-        format: Format,
+        style: Style,
         output: impl Write + Send + 'static,
         capacity: usize,
         gather: Duration,
@@ -154,20 +163,20 @@ impl AccessLog {
         let writers = queue.clone();
         thread::Builder::new()
             .name("access-log".into())
-            .spawn(move || writers.write(format, output))?;
+            .spawn(move || writers.write(&style, output))?;
         Ok(Self { queue: Some(queue) })
     }
 }
 
 impl Queue {
-    fn write(self: Arc<Self>, format: Format, mut output: impl Write) {
+    fn write(self: Arc<Self>, style: &Style, mut output: impl Write) {
         let mut text = String::new();
         while let Some(batch) = self.next_batch() {
             text.clear();
             for (at, record) in &batch {
-                match format {
-                    Format::Text => render_text(&mut text, *at, record),
-                    Format::Json => render_json(&mut text, *at, record),
+                match style.format {
+                    Format::Text => render_text(&mut text, *at, record, &style.cluster_domain),
+                    Format::Json => render_json(&mut text, *at, record, &style.cluster_domain),
                 }
                 text.push('\n');
             }
@@ -226,10 +235,10 @@ fn headline(record: &Record) -> (&'static str, &'static str) {
     }
 }
 
-fn render_text(text: &mut String, at: SystemTime, record: &Record) {
+fn render_text(text: &mut String, at: SystemTime, record: &Record, cluster_domain: &str) {
     let (level, message) = headline(record);
     let _ = write!(text, "{}\t{level}\taccess\t{message}", timestamp(at));
-    fields(record, |name, value| {
+    fields(record, cluster_domain, |name, value| {
         // Writing to a String cannot fail.
         let _ = match value {
             Value::Bare(value) => write!(text, " {name}={value}"),
@@ -239,7 +248,7 @@ fn render_text(text: &mut String, at: SystemTime, record: &Record) {
     });
 }
 
-fn render_json(text: &mut String, at: SystemTime, record: &Record) {
+fn render_json(text: &mut String, at: SystemTime, record: &Record, cluster_domain: &str) {
     let (level, message) = headline(record);
     let mut line = serde_json::Map::new();
     let mut set = |name: &str, value: serde_json::Value| line.insert(name.into(), value);
@@ -247,7 +256,7 @@ fn render_json(text: &mut String, at: SystemTime, record: &Record) {
     set("time", timestamp(at).into());
     set("scope", "access".into());
     set("message", message.into());
-    fields(record, |name, value| {
+    fields(record, cluster_domain, |name, value| {
         set(
             name,
             match value {
@@ -267,7 +276,7 @@ enum Value {
 }
 
 /// The fields of a line, in order; those that have no value are left out.
-fn fields(record: &Record, mut field: impl FnMut(&'static str, Value)) {
+fn fields(record: &Record, cluster_domain: &str, mut field: impl FnMut(&'static str, Value)) {
     let bare = |value: &dyn ToString| Value::Bare(value.to_string());
     let quoted = |value: &dyn ToString| Value::Quoted(value.to_string());
     field("src.addr", bare(&record.src_addr));
@@ -283,7 +292,9 @@ fn fields(record: &Record, mut field: impl FnMut(&'static str, Value)) {
         field("dst.hbone_addr", bare(addr));
     }
     if let Some(service) = &record.dst_service {
-        field("dst.service", quoted(service));
+        let (name, namespace) = (&service.name, &service.namespace);
+        let host = format!("{name}.{namespace}.svc.{cluster_domain}");
+        field("dst.service", Value::Quoted(host));
     }
     if let Some(workload) = &record.dst_workload {
         field("dst.workload", quoted(&workload.key.name));
@@ -340,12 +351,14 @@ mod tests {
             host_network: false,
             meshed: true,
             labels: Default::default(),
+            namespace_labels: Default::default(),
             owner: None,
             ports: Vec::new(),
             skip_inbound: Vec::new(),
             skip_outbound: Vec::new(),
             outbound_default: OutboundDefault::Allow,
             policy: None,
+            network: None,
         }))
     }
 
@@ -371,8 +384,8 @@ mod tests {
             src_addr: "10.1.0.2:40000".parse().unwrap(),
             src_workload: workload("cart-1"),
             src_identity: Some(identity("cart")),
-            dst_addr: "10.96.0.7:5432".parse().unwrap(),
-            dst_hbone_addr: Some("192.168.1.2:15008".parse().unwrap()),
+            dst_addr: "192.168.1.2:15008".parse().unwrap(),
+            dst_hbone_addr: Some("10.1.0.7:5432".parse().unwrap()),
             dst_service: Some(key("db")),
             dst_workload: workload("db-1"),
             dst_identity: Some(identity("db")),
@@ -383,13 +396,20 @@ mod tests {
         }
     }
 
+    fn style() -> Style {
+        Style {
+            format: Format::Text,
+            cluster_domain: Arc::from("cluster.local"),
+        }
+    }
+
     fn at() -> SystemTime {
         SystemTime::UNIX_EPOCH + Duration::from_micros(1_700_000_000_000_042)
     }
 
     fn text(record: &Record) -> String {
         let mut text = String::new();
-        render_text(&mut text, at(), record);
+        render_text(&mut text, at(), record, "cluster.local");
         text
     }
 
@@ -426,8 +446,8 @@ mod tests {
                 "2023-11-14T22:13:20.000042Z\tinfo\taccess\tconnection complete",
                 " src.addr=10.1.0.2:40000 src.workload=\"cart-1\" src.namespace=\"shop\"",
                 " src.identity=\"spiffe://cluster.local/ns/shop/sa/cart\"",
-                " dst.addr=10.96.0.7:5432 dst.hbone_addr=192.168.1.2:15008",
-                " dst.service=\"shop/db\" dst.workload=\"db-1\" dst.namespace=\"shop\"",
+                " dst.addr=192.168.1.2:15008 dst.hbone_addr=10.1.0.7:5432",
+                " dst.service=\"db.shop.svc.cluster.local\" dst.workload=\"db-1\" dst.namespace=\"shop\"",
                 " dst.identity=\"spiffe://cluster.local/ns/shop/sa/db\" direction=\"outbound\"",
                 " bytes_sent=10 bytes_recv=1000 duration=\"13ms\"",
             )
@@ -437,12 +457,12 @@ mod tests {
     #[test]
     fn json_has_the_same_fields_with_numbers_as_numbers() {
         let mut line = String::new();
-        render_json(&mut line, at(), &record());
+        render_json(&mut line, at(), &record(), "cluster.local");
         let line: serde_json::Value = serde_json::from_str(&line).unwrap();
         assert_eq!(line["level"], "info");
         assert_eq!(line["message"], "connection complete");
         assert_eq!(line["src.addr"], "10.1.0.2:40000");
-        assert_eq!(line["dst.service"], "shop/db");
+        assert_eq!(line["dst.service"], "db.shop.svc.cluster.local");
         assert_eq!(line["bytes_recv"], 1_000);
         assert_eq!(line["duration"], "13ms");
         assert!(line.get("error").is_none());
@@ -485,7 +505,7 @@ mod tests {
             gate: None,
             broken: false,
         };
-        let log = AccessLog::start(Format::Text, output).unwrap();
+        let log = AccessLog::start(style(), output).unwrap();
         for _ in 0..100 {
             log.record(record());
         }
@@ -504,7 +524,7 @@ mod tests {
             gate: Some(gate),
             broken: false,
         };
-        let log = AccessLog::with(Format::Text, output, 10, Duration::ZERO).unwrap();
+        let log = AccessLog::with(style(), output, 10, Duration::ZERO).unwrap();
         log.record(record());
         // The writer hangs on the first batch, then ten fit.
         while !log.queue.as_ref().unwrap().state.lock().writing {
@@ -528,7 +548,7 @@ mod tests {
             gate: None,
             broken: true,
         };
-        let log = AccessLog::start(Format::Text, output).unwrap();
+        let log = AccessLog::start(style(), output).unwrap();
         log.record(record());
         log.flush(Duration::from_secs(10));
         log.record(record());

@@ -184,12 +184,16 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
         mesh_of.0,
         mesh_of.1,
         outputs,
-        (manifests_read, read),
+        move || {
+            manifests_read.done();
+            // Only this start waits for it.
+            let _waiting = read.send(());
+        },
         async move { end.begun().await },
     ));
     tokio::select! {
-        // Dropped unsent, with the readiness task, when the first mesh is published.
-        _ = was_read => {}
+        // Unsent, the reading has failed: the other branch knows why.
+        Ok(()) = was_read => {}
         ended = &mut manifests => ended?.context("--manifests")?,
     }
     tasks.push(tokio::spawn(async move {
@@ -285,7 +289,7 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
         while !settling.is_settled() {
             sleep(Duration::from_millis(20)).await;
         }
-        drop(pods_tried);
+        pods_tried.done();
     }));
     tasks.push(tokio::spawn(give_memory_back(readiness.clone(), changes)));
 
@@ -389,7 +393,7 @@ async fn await_certificates(identities: Identities, held: crate::readiness::Task
     loop {
         let all = identities.status();
         if all.iter().all(|certificate| certificate.state == "ready") {
-            drop(held);
+            held.done();
             return;
         }
         tokio::select! {
@@ -432,16 +436,20 @@ fn open_access_log(config: &Config) -> anyhow::Result<AccessLog> {
         LogFormat::Text => access_log::Format::Text,
         LogFormat::Json => access_log::Format::Json,
     };
+    let style = access_log::Style {
+        format,
+        cluster_domain: Arc::clone(&config.mesh.cluster_domain),
+    };
     Ok(match &config.access_log {
         AccessLogTarget::Off => AccessLog::off(),
-        AccessLogTarget::Stdout => AccessLog::start(format, io::stdout())?,
+        AccessLogTarget::Stdout => AccessLog::start(style, io::stdout())?,
         AccessLogTarget::File(path) => {
             let file = OpenOptions::new()
                 .create(true)
                 .append(true)
                 .open(path)
                 .with_context(|| format!("--access-log {}", path.display()))?;
-            AccessLog::start(format, file)?
+            AccessLog::start(style, file)?
         }
     })
 }

@@ -18,7 +18,10 @@ use thiserror::Error;
 
 use crate::{
     proxy::CapSettings,
-    state::objects::{DefaultPolicy, MeshSettings, OutboundDefault},
+    state::{
+        explain::{Direction, Question},
+        objects::{DefaultPolicy, MeshSettings, OutboundDefault},
+    },
     telemetry::{self, LogFormat},
 };
 
@@ -173,11 +176,11 @@ pub struct RunArgs {
 #[derive(Debug, Args)]
 struct CapArgs {
     /// Connections that one pod has dialled and that may be open: 1 to 1000000. Without it 4096, or
-    /// a quarter of the node's if that is less.
+    /// a sixth of the node's if that is less.
     #[arg(long, env = "PICOMESH_POD_CONNECTIONS", value_name = "N")]
     pod_connections: Option<u32>,
-    /// Connections from outside the node that may be open at one pod: 1 to 1000000. Without it half
-    /// of the node's.
+    /// Connections from outside the node that may be open at one pod, by tunnels, and as many
+    /// plainly: 1 to 1000000. Without it a third of the node's.
     #[arg(long, env = "PICOMESH_POD_INBOUND_CONNECTIONS", value_name = "N")]
     pod_inbound_connections: Option<u32>,
     /// Connections that one pod may dial per second, and as many at once: 1 to 1000000. Without it
@@ -193,7 +196,7 @@ struct CapArgs {
     #[arg(long, env = "PICOMESH_POD_BUFFERS", value_name = "SIZE")]
     pod_buffers: Option<String>,
     /// Connections of all pods that may be open: 1 to 10000000. Without it as many as a quarter of
-    /// the agent's memory limit holds at 32KiB each (without a limit: a sixteenth of the
+    /// the agent's memory limit holds at 16KiB each (without a limit: a sixteenth of the
     /// machine's memory), and no more than one for every two descriptors it may open.
     #[arg(long, env = "PICOMESH_NODE_CONNECTIONS", value_name = "N")]
     node_connections: Option<u32>,
@@ -258,8 +261,8 @@ pub enum DebugSubject {
     Tunnels,
     /// Certificates held, and when they are renewed.
     Certificates,
-    /// Who may connect to each pod of the node.
-    Policies,
+    /// Who may connect to each pod of the node; or which rule decides about one connection.
+    Policies(PoliciesArgs),
     /// What pods may take of the node, what they have, and what was refused for it.
     Limits,
     /// Shows the log level, or changes it.
@@ -267,6 +270,46 @@ pub enum DebugSubject {
         /// e.g. `debug` or `warn,picomesh::proxy=debug`.
         level: Option<String>,
     },
+}
+
+#[derive(Debug, Default, Args)]
+pub struct PoliciesArgs {
+    /// Only this pod, which runs on the agent's node.
+    #[arg(long, value_name = "NAMESPACE/NAME")]
+    pod: Option<String>,
+    /// Which rule decides when this pod or address calls it?
+    #[arg(long, value_name = "NAMESPACE/NAME|IP", requires_all = ["pod", "port"], conflicts_with = "to")]
+    from: Option<String>,
+    /// Which rule decides when it calls this pod or address?
+    #[arg(long, value_name = "NAMESPACE/NAME|IP", requires_all = ["pod", "port"])]
+    to: Option<String>,
+    /// The port that is called, of the pod itself and not of a Service.
+    #[arg(long, value_name = "PORT", requires = "pod")]
+    port: Option<u16>,
+    /// Only what is asked about who comes in, or about who goes out.
+    #[arg(long, value_enum)]
+    direction: Option<DirectionArg>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DirectionArg {
+    Ingress,
+    Egress,
+}
+
+impl PoliciesArgs {
+    pub fn question(self) -> Question {
+        Question {
+            pod: self.pod,
+            from: self.from,
+            to: self.to,
+            port: self.port,
+            direction: self.direction.map(|direction| match direction {
+                DirectionArg::Ingress => Direction::Ingress,
+                DirectionArg::Egress => Direction::Egress,
+            }),
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

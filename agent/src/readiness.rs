@@ -1,5 +1,6 @@
-//! Readiness as drop guards: whoever must be finished before the agent may serve holds a [`Task`],
-//! and dropping it says so. What is still awaited is logged at each step and shown by `/ready`.
+//! Whoever must be finished before the agent may serve holds a [`Task`] and says when it is done.
+//! One that is dropped unsaid has failed, and is awaited for ever: an agent that cannot start never
+//! claims to be ready. What is still awaited is logged at each step and shown by `/ready`.
 #![forbid(unsafe_code)]
 
 use std::{
@@ -23,8 +24,8 @@ struct State {
     took: Option<Duration>,
 }
 
-/// Something that is awaited. Dropped, it is done.
-#[must_use = "dropped at once, it is not awaited"]
+/// Something that is awaited.
+#[must_use = "dropped, it is awaited for ever"]
 pub struct Task {
     name: &'static str,
     state: Arc<Mutex<State>>,
@@ -62,8 +63,8 @@ impl Default for Readiness {
     }
 }
 
-impl Drop for Task {
-    fn drop(&mut self) {
+impl Task {
+    pub fn done(self) {
         let mut state = self.state.lock();
         state.pending.remove(self.name);
         let pending: Vec<_> = state.pending.iter().copied().collect();
@@ -90,14 +91,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ready_when_the_last_task_is_dropped_and_names_what_is_awaited() {
+    fn ready_when_the_last_task_is_done_and_names_what_is_awaited() {
         let readiness = Readiness::new();
         let state = readiness.register("state");
         let threads = readiness.register("data threads");
         assert_eq!(readiness.pending(), ["data threads", "state"]);
-        drop(state);
+        state.done();
         assert_eq!(readiness.pending(), ["data threads"]);
-        drop(threads);
+        threads.done();
         assert_eq!(readiness.pending(), Vec::<&str>::new());
+    }
+
+    #[test]
+    fn a_start_that_fails_is_never_ready() {
+        let readiness = Readiness::new();
+        drop(readiness.register("certificates"));
+        assert_eq!(readiness.pending(), ["certificates"]);
     }
 }

@@ -118,10 +118,14 @@ pub mod rule {
     /// tc ingress: a packet without SYN needs an owner too (SYN cookies).
     pub const ACK_NEEDS_OWNER: u32 = 1 << 11;
 
-    pub const ALL: u32 = (1 << 12) - 1;
+    /// Rule 4: what belongs to a socket of ours reaches it by way of mesh1, where nobody else is
+    /// found if it was closed a moment ago.
+    pub const OURS_BY_MESH1: u32 = 1 << 12;
+
+    pub const ALL: u32 = (1 << 13) - 1;
 
     /// Bit, name and number of the rule in the architecture, for the test loader.
-    pub const NAMES: [(u32, &str, &str); 12] = [
+    pub const NAMES: [(u32, &str, &str); 13] = [
         (PARSE_OR_DROP, "parse-or-drop", "2"),
         (STORAGE_DECIDES, "storage-decides", "3"),
         (FOREIGN_MARK, "foreign-mark", "3"),
@@ -134,5 +138,6 @@ pub mod rule {
         (PROBE_EXPIRES, "probe-expires", "9"),
         (NATURAL_REFUSAL, "natural-refusal", "10"),
         (ACK_NEEDS_OWNER, "ack-needs-owner", "2"),
+        (OURS_BY_MESH1, "ours-by-mesh1", "4"),
     ];
 }

@@ -47,8 +47,7 @@ pub(crate) fn judge(ctx: &TcContext) -> Verdict {
         )
     };
     let sender = Sender::of(ctx);
-    let owner = sender.map_or(0, |sender| sender.owner);
-    if mark == our_mark() && (owner == owner::OURS || !rule(rule::STORAGE_DECIDES)) {
+    if mark == our_mark() && (sender.owner == owner::OURS || !rule(rule::STORAGE_DECIDES)) {
         return Verdict::Pass;
     }
 
@@ -68,11 +67,11 @@ pub(crate) fn judge(ctx: &TcContext) -> Verdict {
 
 /// A SYN of an application.
 #[inline(always)]
-fn open(pod: &PodConfig, segment: &Segment, tuple: &Tuple, sender: Option<Sender>) -> Verdict {
-    let taken = sender.is_some_and(|sender| sender.owner == owner::TAKEN);
+fn open(pod: &PodConfig, segment: &Segment, tuple: &Tuple, sender: Sender) -> Verdict {
+    let taken = sender.owner == owner::TAKEN;
     if excepted(pod, segment) {
         // The socket may have had a captured connection before: this is a new one.
-        if let (true, Some(sender)) = (taken, sender) {
+        if taken {
             sender.mark(0);
         }
         return Verdict::Pass;
@@ -88,9 +87,7 @@ fn open(pod: &PodConfig, segment: &Segment, tuple: &Tuple, sender: Option<Sender
             return Verdict::Drop(Counter::NoOutboundListener);
         }
     }
-    if let Some(sender) = sender
-        && !sender.mark(owner::TAKEN)
-    {
+    if !sender.mark(owner::TAKEN) {
         return Verdict::Drop(Counter::RedirectFailed);
     }
     forget_standing(tuple);
@@ -107,7 +104,7 @@ fn go_on(
     pod: &PodConfig,
     segment: &Segment,
     tuple: &Tuple,
-    sender: Option<Sender>,
+    sender: Sender,
     empty: bool,
 ) -> Verdict {
     let flipped = Tuple {
@@ -119,10 +116,7 @@ fn go_on(
     match owner_of(ctx, &flipped, segment.family) {
         // Only a socket of ours can be at home at somebody else's address.
         Owner::Socket(_) | Owner::Request | Owner::OurRequest | Owner::TimeWait => {
-            if let Some(sender) = sender
-                && sender.owner != owner::TAKEN
-                && rule(rule::NEVER_PLAIN)
-                && !sender.mark(owner::TAKEN)
+            if sender.owner != owner::TAKEN && rule(rule::NEVER_PLAIN) && !sender.mark(owner::TAKEN)
             {
                 return Verdict::Drop(Counter::RedirectFailed);
             }
@@ -134,8 +128,7 @@ fn go_on(
         return Verdict::Pass;
     }
 
-    let owner = sender.map_or(0, |sender| sender.owner);
-    if owner == owner::TAKEN {
+    if sender.owner == owner::TAKEN {
         // Our end is gone. The listener answers RST, and the application learns of it.
         return if listener_stands(OUTBOUND, segment.family) {
             Verdict::Outbound
@@ -143,15 +136,13 @@ fn go_on(
             Verdict::Drop(Counter::OrphanedTaken)
         };
     }
-    if owner == owner::PROBED {
+    if sender.owner == owner::PROBED {
         return Verdict::Pass;
     }
     if probe(tuple) != Probe::No {
-        if let Some(sender) = sender {
-            // Later packets pass when the probe's entry is gone. If there is no memory for that
-            // they are dropped then, and the probe is repeated.
-            sender.mark(owner::PROBED);
-        }
+        // Later packets pass when the probe's entry is gone. If there is no memory for that they
+        // are dropped then, and the probe is repeated.
+        sender.mark(owner::PROBED);
         return Verdict::Pass;
     }
     if is_standing(tuple) {
@@ -161,13 +152,13 @@ fn go_on(
     if pod.flags & LENIENT != 0 {
         return Verdict::Pass;
     }
-    let listens = sender.is_some_and(|sender| sender.listens);
+    let listens = sender.listens;
     if contains(&pod.skip_inbound, segment.source_port) || (!listens && excepted(pod, segment)) {
         return Verdict::Pass;
     }
     // What the kernel says for no socket, or refuses on a listener's behalf. A SYN-ACK of an
     // application's listener is neither: its SYN came past us.
-    if empty && (sender.is_none() || (listens && !segment.is_syn_ack())) {
+    if empty && (sender.is_nobody() || (listens && !segment.is_syn_ack())) {
         return Verdict::Pass;
     }
     Verdict::Drop(Counter::UnknownSender)

@@ -6,9 +6,11 @@
 //! listens, where the kernel's own refusal is the right answer (rule 10).
 //!
 //! Every other packet needs an owner, or the ACK to a SYN cookie would reach an application's
-//! listener. A socket of ours passes. An application's socket passes only if it is a probe's or
-//! stood before enrolment (rule 4); its *request* never does otherwise, because a SYN that passed
-//! for rule 10 a moment before `listen` would be accepted past policy.
+//! listener. What belongs to a socket of ours goes to it by way of mesh1: the stack looks for the
+//! socket once more, and if it was closed in between, on mesh1 nobody but our listener is found.
+//! An application's socket passes only if it is a probe's or stood before enrolment (rule 4); its
+//! *request* never does otherwise, because a SYN that passed for rule 10 a moment before `listen`
+//! would be accepted past policy.
 
 use aya_ebpf::programs::TcContext;
 use picomesh_common::{
@@ -107,9 +109,15 @@ fn go_on(ctx: &TcContext, pod: &PodConfig, segment: &Segment, tuple: &Tuple) -> 
     let excepted_here = contains(&pod.skip_inbound, segment.destination_port);
     let lenient = pod.flags & LENIENT != 0 || excepted_here;
     match owner_of(ctx, tuple, segment.family) {
-        Owner::Socket(owner::OURS | owner::PROBED) | Owner::OurRequest => Verdict::Pass,
-        // Delivers nothing to anybody any more; it only answers.
-        Owner::TimeWait => Verdict::Pass,
+        Owner::Socket(owner::PROBED) => Verdict::Pass,
+        // Passed as it is, data behind a redeemed cookie would redeem it again with whoever
+        // listens, if our socket is closed before the stack comes to it.
+        Owner::Socket(owner::OURS) | Owner::OurRequest if rule(rule::OURS_BY_MESH1) => {
+            Verdict::Inbound
+        }
+        // It delivers nothing to anybody any more and only answers, for as long as it is there.
+        Owner::TimeWait if !lenient && rule(rule::OURS_BY_MESH1) => Verdict::Inbound,
+        Owner::Socket(owner::OURS) | Owner::OurRequest | Owner::TimeWait => Verdict::Pass,
         // Its peer is a socket of ours in this very namespace, never somebody outside.
         Owner::Socket(owner::TAKEN) if rule(rule::ONLY_STANDING_IN) => {
             Verdict::Drop(Counter::NotStanding)

@@ -26,9 +26,15 @@ const TCP_LISTEN: u32 = 10;
 const TCP_TIME_WAIT: u32 = 6;
 const TCP_NEW_SYN_RECV: u32 = 12;
 
-/// The TCP socket that sends the packet at hand.
+/// The TCP socket that sends the packet at hand, or nobody: what the kernel makes itself (RST, the
+/// ACKs of TIME_WAIT: they leave through a raw socket of its own, which must never be marked), and
+/// what raw and packet sockets send.
+///
+/// Not an `Option`: its `None` leaves the other fields without a value, the compiler copies them
+/// all the same, and before Linux 6.3 the verifier refuses to read what nobody wrote.
 #[derive(Clone, Copy)]
 pub(crate) struct Sender {
+    /// Null for nobody.
     socket: *mut bpf_sock,
     /// It listens: the packet is a SYN-ACK or a refusal on its behalf, and what it is marked with
     /// its children inherit.
@@ -38,39 +44,49 @@ pub(crate) struct Sender {
 }
 
 impl Sender {
-    /// `None` for what the kernel makes itself (RST, the ACKs of TIME_WAIT: they leave through a
-    /// raw socket of its own, which must never be marked) and for raw and packet sockets.
+    const NOBODY: Self = Self {
+        socket: null_mut(),
+        listens: false,
+        owner: 0,
+    };
+
     #[inline(always)]
-    pub(crate) fn of(ctx: &TcContext) -> Option<Self> {
+    pub(crate) fn of(ctx: &TcContext) -> Self {
         // SAFETY: the verifier checks each access: `sk` against null here, the rest behind `full`,
         // which answers null unless every field may be read.
         unsafe {
             let any = (*ctx.skb.skb).__bindgen_anon_2.sk;
             if any.is_null() {
-                return None;
+                return Self::NOBODY;
             }
             let socket = full(any);
             if socket.is_null() {
-                return None;
+                return Self::NOBODY;
             }
             if (*socket).type_ != SOCK_STREAM || (*socket).protocol != IPPROTO_TCP {
-                return None;
+                return Self::NOBODY;
             }
             let listens = (*socket).state == TCP_LISTEN;
             let storage = storage(socket, 0);
             let owner = if storage.is_null() { 0 } else { *storage };
-            Some(Self {
+            Self {
                 socket,
                 listens,
                 owner,
-            })
+            }
         }
     }
 
-    /// Writes the socket's storage; a listener's only if it is ours, and then not here.
+    #[inline(always)]
+    pub(crate) fn is_nobody(&self) -> bool {
+        self.socket.is_null()
+    }
+
+    /// Writes the socket's storage; a listener's only if it is ours, and then not here. False if
+    /// the kernel has no memory for it.
     #[inline(always)]
     pub(crate) fn mark(&self, owner: u32) -> bool {
-        if self.listens {
+        if self.is_nobody() || self.listens {
             return true;
         }
         // SAFETY: `socket` was checked by `of` and belongs to the packet, which outlives this.

@@ -13,7 +13,10 @@ use socket2::{Domain, Protocol, Socket, Type};
 use crate::{
     Test,
     frames::{Frame, SYN, Wire},
-    topology::{FAMILIES, Listeners, QUIET, SOON, Setup, Topology, accept, accept_within, serve},
+    topology::{
+        FAMILIES, Listeners, QUIET, SOON, Setup, Topology, accept, accept_within, families,
+        needs_ipv6, serve,
+    },
 };
 
 pub(crate) const TESTS: &[Test] = &[
@@ -34,7 +37,7 @@ pub(crate) const TESTS: &[Test] = &[
 fn vlan_tags(setup: &Setup) -> Result<()> {
     let (topology, _listeners) = Topology::with_listeners(setup)?;
     let wire = Wire::open(&topology.node, "topod")?;
-    for family in FAMILIES {
+    for family in families() {
         let app = serve(&topology.pod, SocketAddr::new(family.pod, 80))?;
         let frame = Frame::to_pod(
             SocketAddr::new(family.client, 46_000),
@@ -58,7 +61,7 @@ fn vlan_tags(setup: &Setup) -> Result<()> {
 fn options(setup: &Setup) -> Result<()> {
     let (topology, _listeners) = Topology::with_listeners(setup)?;
     let wire = Wire::open(&topology.node, "topod")?;
-    for (index, family) in FAMILIES.into_iter().enumerate() {
+    for (index, family) in families().enumerate() {
         let app = serve(&topology.pod, SocketAddr::new(family.pod, 80))?;
         let from = SocketAddr::new(family.client, 46_100);
         let frame = Frame::to_pod(from, app.local_addr()?, SYN);
@@ -78,6 +81,7 @@ fn options(setup: &Setup) -> Result<()> {
 }
 
 fn too_many(setup: &Setup) -> Result<()> {
+    needs_ipv6()?;
     let (topology, _listeners) = Topology::with_listeners(setup)?;
     let wire = Wire::open(&topology.node, "topod")?;
     let family = FAMILIES[1];
@@ -95,7 +99,7 @@ fn too_many(setup: &Setup) -> Result<()> {
 fn fragments(setup: &Setup) -> Result<()> {
     let (topology, _listeners) = Topology::with_listeners(setup)?;
     let wire = Wire::open(&topology.node, "topod")?;
-    for family in FAMILIES {
+    for family in families() {
         let app = serve(&topology.pod, SocketAddr::new(family.pod, 80))?;
         let from = SocketAddr::new(family.client, 46_300);
         let frame = Frame::to_pod(from, app.local_addr()?, SYN).payload(&[0; 20]);
@@ -121,7 +125,7 @@ fn fragments(setup: &Setup) -> Result<()> {
 fn own_options(setup: &Setup) -> Result<()> {
     let (topology, listeners): (_, Listeners) = Topology::with_listeners(setup)?;
     let wire = Wire::open(&topology.node, "topod")?;
-    for family in FAMILIES {
+    for family in families() {
         let server = SocketAddr::new(family.client, 80);
         let mut app: std::net::TcpStream = topology.pod.enter(|| {
             let socket = Socket::new(

@@ -13,7 +13,7 @@ use picomesh_common::{Counter, config::rule};
 
 use crate::{
     Test,
-    topology::{FAMILIES, SLOT, SOON, Setup, Topology, accept, dial, serve},
+    topology::{FAMILIES, SLOT, SOON, Setup, Topology, accept, dial, families, serve},
 };
 
 pub(crate) const TESTS: &[Test] = &[
@@ -54,7 +54,7 @@ fn adoption(setup: &Setup) -> Result<()> {
             },
         "{hooks:?}"
     );
-    for family in FAMILIES {
+    for family in families() {
         let _app = dial(&topology.pod, SocketAddr::new(family.client, 80))?;
         accept(&listeners.outbound[family.index as usize])?;
     }
@@ -174,7 +174,7 @@ fn removal(setup: &Setup) -> Result<()> {
     ensure!(topology.loader.local()?.is_empty());
     ensure!(topology.loader.pinned_slots()?.is_empty());
     // The pod is as it was.
-    for family in FAMILIES {
+    for family in families() {
         let server = serve(&topology.client, SocketAddr::new(family.client, 80))?;
         let _app = dial(&topology.pod, server.local_addr()?)?;
         accept(&server).context("outbound")?;

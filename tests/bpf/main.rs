@@ -9,6 +9,7 @@
 //! why. `PICOMESH_TEST_RULES_OFF=name,...` takes rules of the kernel half out, to see the tests
 //! that hold them turn red.
 
+mod bare;
 mod datapath;
 mod frames;
 mod hostile;
@@ -19,9 +20,10 @@ mod probes;
 mod topology;
 mod verdicts;
 
+use anyhow::Result;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
-use topology::Setup;
+use topology::{NoIpv6, Setup};
 
 /// A test is a name and a function of the way programs are attached.
 type Test = (&'static str, fn(&Setup) -> anyhow::Result<()>);
@@ -36,6 +38,7 @@ fn main() {
         ("inbound", inbound::TESTS),
         ("probes", probes::TESTS),
         ("hostile", hostile::TESTS),
+        ("bare", bare::TESTS),
         ("lifecycle", lifecycle::TESTS),
     ] {
         for (name, test) in tests {
@@ -46,9 +49,7 @@ fn main() {
                     format!("{subject}::{name}::{way}"),
                     move || match missing {
                         Some(reason) => Ok(Completion::ignored_with(reason)),
-                        None => test(&Setup { force_clsact })
-                            .map(|()| Completion::Completed)
-                            .map_err(|error| Failed::from(format!("{error:#}"))),
+                        None => completion(test(&Setup { force_clsact })),
                     },
                 ));
             }
@@ -56,4 +57,15 @@ fn main() {
     }
     trials.extend(datapath::trials(missing.as_deref()));
     libtest_mimic::run(&arguments, trials).exit();
+}
+
+/// A test about IPv6 says so where there is none.
+fn completion(result: Result<()>) -> Result<Completion, Failed> {
+    match result {
+        Ok(()) => Ok(Completion::Completed),
+        Err(error) => match error.downcast_ref::<NoIpv6>() {
+            Some(lack) => Ok(Completion::ignored_with(lack.to_string())),
+            None => Err(Failed::from(format!("{error:#}"))),
+        },
+    }
 }

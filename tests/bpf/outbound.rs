@@ -18,7 +18,7 @@ use crate::{
     frames::Wire,
     topology::{
         FAMILIES, OUR_MARK, POD_V4, QUIET, SLOT, SOON, Setup, Topology, accept, accept_within,
-        active, attempt, dial, serve,
+        active, attempt, dial, families, needs_ipv6, serve,
     },
 };
 
@@ -60,7 +60,7 @@ pub(crate) const TESTS: &[Test] = &[
 
 fn lands_on_the_listener(setup: &Setup) -> Result<()> {
     let (topology, listeners) = Topology::with_listeners(setup)?;
-    for family in FAMILIES {
+    for family in families() {
         let destination = SocketAddr::new(family.client, 80);
         let app = dial(&topology.pod, destination)?;
         let (taken, peer) = accept(&listeners.outbound[family.index as usize])?;
@@ -73,7 +73,7 @@ fn lands_on_the_listener(setup: &Setup) -> Result<()> {
         ensure!(peer.ip() == family.pod, "{peer}");
     }
     ensure!(
-        topology.count(Counter::CapturedOutbound)? == 2,
+        topology.count(Counter::CapturedOutbound)? == families().count() as u64,
         "{:?}",
         topology.nonzero()?
     );
@@ -82,7 +82,7 @@ fn lands_on_the_listener(setup: &Setup) -> Result<()> {
 
 fn bytes_survive(setup: &Setup) -> Result<()> {
     let (topology, listeners) = Topology::with_listeners(setup)?;
-    for family in FAMILIES {
+    for family in families() {
         let mut app = dial(&topology.pod, SocketAddr::new(family.client, 80))?;
         let (mut taken, _peer) = accept(&listeners.outbound[family.index as usize])?;
         // Larger than any segment, so that offloads have something to do.
@@ -116,7 +116,7 @@ fn bytes_survive(setup: &Setup) -> Result<()> {
 
 fn without_a_listener(setup: &Setup) -> Result<()> {
     let topology = Topology::new(setup)?;
-    for family in FAMILIES {
+    for family in families() {
         let server = serve(&topology.client, SocketAddr::new(family.client, 80))?;
         let end = attempt(&topology.pod, server.local_addr()?, QUIET)?;
         ensure!(end == Some(std::io::ErrorKind::TimedOut), "{end:?}");
@@ -126,7 +126,7 @@ fn without_a_listener(setup: &Setup) -> Result<()> {
         );
     }
     ensure!(
-        topology.count(Counter::NoOutboundListener)? >= 2,
+        topology.count(Counter::NoOutboundListener)? >= families().count() as u64,
         "{:?}",
         topology.nonzero()?
     );
@@ -150,7 +150,7 @@ fn fail_open(setup: &Setup) -> Result<()> {
         ..active()
     };
     topology.loader.set_pod_config(SLOT, &open)?;
-    for family in FAMILIES {
+    for family in families() {
         let server = serve(&topology.client, SocketAddr::new(family.client, 80))?;
         let mut app = dial(&topology.pod, server.local_addr()?)?;
         let (mut far, _peer) = accept(&server)?;
@@ -160,7 +160,7 @@ fn fail_open(setup: &Setup) -> Result<()> {
         ensure!(&got == b"open");
     }
     ensure!(
-        topology.count(Counter::FailedOpen)? == 2,
+        topology.count(Counter::FailedOpen)? == families().count() as u64,
         "{:?}",
         topology.nonzero()?
     );
@@ -175,7 +175,7 @@ fn skipped_ports(setup: &Setup) -> Result<()> {
         last: 5433,
     };
     topology.loader.set_pod_config(SLOT, &config)?;
-    for family in FAMILIES {
+    for family in families() {
         let server = serve(&topology.client, SocketAddr::new(family.client, 5433))?;
         let mut app = dial(&topology.pod, server.local_addr()?)?;
         let (mut far, _peer) = accept(&server)?;
@@ -195,7 +195,7 @@ fn skipped_ports(setup: &Setup) -> Result<()> {
 /// CAP_NET_RAW, which containers have by default, is enough to set any mark.
 fn forged_mark(setup: &Setup) -> Result<()> {
     let (topology, listeners) = Topology::with_listeners(setup)?;
-    for family in FAMILIES {
+    for family in families() {
         let server = serve(&topology.client, SocketAddr::new(family.client, 80))?;
         let address = server.local_addr()?;
         let _app = topology.pod.enter(|| marked_dial(OUR_MARK, address))?;
@@ -211,7 +211,7 @@ fn forged_mark(setup: &Setup) -> Result<()> {
 
 fn forged_capture_mark(setup: &Setup) -> Result<()> {
     let (topology, _listeners) = Topology::with_listeners(setup)?;
-    for family in FAMILIES {
+    for family in families() {
         let server = serve(&topology.client, SocketAddr::new(family.client, 80))?;
         let address = server.local_addr()?;
         let end = topology
@@ -228,7 +228,7 @@ fn forged_capture_mark(setup: &Setup) -> Result<()> {
 
 /// Rule 4: the agent dies under an open connection, and the application writes.
 fn never_plain(setup: &Setup) -> Result<()> {
-    for family in FAMILIES {
+    for family in families() {
         let (topology, listeners) = Topology::with_listeners(setup)?;
         let mut app = dial(&topology.pod, SocketAddr::new(family.client, 80))?;
         let (taken, _peer) = accept(&listeners.outbound[family.index as usize])?;
@@ -251,7 +251,7 @@ fn never_plain(setup: &Setup) -> Result<()> {
 }
 
 fn orphan_is_reset(setup: &Setup) -> Result<()> {
-    for family in FAMILIES {
+    for family in families() {
         let (topology, listeners) = Topology::with_listeners(setup)?;
         let mut app = dial(&topology.pod, SocketAddr::new(family.client, 80))?;
         let (taken, _peer) = accept(&listeners.outbound[family.index as usize])?;
@@ -266,7 +266,7 @@ fn orphan_is_reset(setup: &Setup) -> Result<()> {
 
 fn standing_goes_on(setup: &Setup) -> Result<()> {
     let topology = Topology::unattached(setup)?;
-    for family in FAMILIES {
+    for family in families() {
         let server = serve(&topology.client, SocketAddr::new(family.client, 80))?;
         let mut app = dial(&topology.pod, server.local_addr()?)?;
         let (mut far, _peer) = accept(&server)?;
@@ -292,7 +292,7 @@ fn standing_goes_on(setup: &Setup) -> Result<()> {
 
 fn unknown_is_dropped(setup: &Setup) -> Result<()> {
     let topology = Topology::unattached(setup)?;
-    for family in FAMILIES {
+    for family in families() {
         let server = serve(&topology.client, SocketAddr::new(family.client, 80))?;
         let mut app = dial(&topology.pod, server.local_addr()?)?;
         let (_far, _peer) = accept(&server)?;
@@ -315,7 +315,7 @@ fn unknown_is_dropped(setup: &Setup) -> Result<()> {
 
 fn leaving(setup: &Setup) -> Result<()> {
     let (topology, listeners) = Topology::with_listeners(setup)?;
-    for family in FAMILIES {
+    for family in families() {
         topology.loader.set_pod_config(SLOT, &active())?;
         let server = serve(&topology.client, SocketAddr::new(family.client, 80))?;
         let mut ours = dial(&topology.pod, server.local_addr()?)?;
@@ -335,7 +335,7 @@ fn leaving(setup: &Setup) -> Result<()> {
 
 fn ours_go_out(setup: &Setup) -> Result<()> {
     let (topology, listeners) = Topology::with_listeners(setup)?;
-    for family in FAMILIES {
+    for family in families() {
         let server = serve(&topology.client, SocketAddr::new(family.client, 80))?;
         let address = server.local_addr()?;
         let ours = topology.pod.enter(|| {
@@ -354,13 +354,13 @@ fn ours_go_out(setup: &Setup) -> Result<()> {
 fn inactive(setup: &Setup) -> Result<()> {
     let (topology, _listeners) = Topology::with_listeners(setup)?;
     topology.loader.set_pod_config(SLOT, &PodConfig::EMPTY)?;
-    for family in FAMILIES {
+    for family in families() {
         let server = serve(&topology.client, SocketAddr::new(family.client, 80))?;
         let end = attempt(&topology.pod, server.local_addr()?, QUIET)?;
         ensure!(end == Some(std::io::ErrorKind::TimedOut), "{end:?}");
     }
     ensure!(
-        topology.count(Counter::Inactive)? >= 2,
+        topology.count(Counter::Inactive)? >= families().count() as u64,
         "{:?}",
         topology.nonzero()?
     );
@@ -378,6 +378,7 @@ fn inactive(setup: &Setup) -> Result<()> {
 
 /// Java opens IPv4 connections like this.
 fn mapped(setup: &Setup) -> Result<()> {
+    needs_ipv6()?;
     let (topology, listeners) = Topology::with_listeners(setup)?;
     let _app = topology.pod.enter(|| {
         let socket = Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::TCP))?;

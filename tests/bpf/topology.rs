@@ -10,6 +10,7 @@
 //! process's own mount namespace.
 
 use std::{
+    fmt,
     fs::{self, File},
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
@@ -39,6 +40,7 @@ use picomesh_common::{
         OUTBOUND, ROUTE_TABLE, RULE_PRIORITY, V4, V6, rule,
     },
 };
+use picomesh_tests::requirements;
 use socket2::{Domain, Protocol, Socket, Type};
 
 pub(crate) const OUR_MARK: u32 = 0x7a_31c5;
@@ -79,8 +81,32 @@ pub(crate) const FAMILIES: [Family; 2] = [
     },
 ];
 
+/// Those that this kernel has: with `ipv6.disable=1` the first alone.
+pub(crate) fn families() -> impl Iterator<Item = Family> {
+    FAMILIES
+        .into_iter()
+        .filter(|family| family.index == V4 || requirements::ipv6())
+}
+
+/// The error by which a test says that it is about IPv6 alone; it counts as a skip.
+#[derive(Debug)]
+pub(crate) struct NoIpv6;
+
+impl fmt::Display for NoIpv6 {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("this kernel has no IPv6")
+    }
+}
+
+impl std::error::Error for NoIpv6 {}
+
+pub(crate) fn needs_ipv6() -> Result<()> {
+    ensure!(requirements::ipv6(), NoIpv6);
+    Ok(())
+}
+
 /// Long enough for anything that arrives, short enough for what must not.
-pub(crate) const SOON: Duration = Duration::from_millis(2000);
+pub(crate) const SOON: Duration = Duration::from_secs(10);
 pub(crate) const QUIET: Duration = Duration::from_millis(400);
 
 /// How a test attaches.
@@ -148,7 +174,9 @@ impl Netns {
             let file = File::open("/proc/thread-self/ns/net")?;
             // Nobody else is on these links, so nobody's address can be a duplicate.
             for scope in ["all", "default"] {
-                fs::write(format!("/proc/sys/net/ipv6/conf/{scope}/accept_dad"), "0")?;
+                if requirements::ipv6() {
+                    fs::write(format!("/proc/sys/net/ipv6/conf/{scope}/accept_dad"), "0")?;
+                }
             }
             run("ip link set lo up")?;
             Ok(Self(file))
@@ -170,12 +198,14 @@ impl Netns {
         })
     }
 
+    /// Line by line; without IPv6 what is about it alone is left out.
     pub(crate) fn run(&self, commands: &str) -> Result<()> {
         self.enter(|| {
             commands
                 .lines()
                 .map(str::trim)
                 .filter(|line| !line.is_empty())
+                .filter(|line| requirements::ipv6() || !about_ipv6(line))
                 .try_for_each(run)
         })
     }
@@ -183,6 +213,10 @@ impl Netns {
     pub(crate) fn fd(&self) -> &File {
         &self.0
     }
+}
+
+fn about_ipv6(command: &str) -> bool {
+    command.contains("::") || command.contains(" -6 ") || command.contains("addrgenmode")
 }
 
 fn run(command: &str) -> Result<()> {
@@ -246,7 +280,9 @@ impl Topology {
         )?;
         node.enter(|| {
             fs::write("/proc/sys/net/ipv4/ip_forward", "1")?;
-            fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1")?;
+            if requirements::ipv6() {
+                fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1")?;
+            }
             Ok(())
         })?;
         for (netns, net) in [(&client, 1), (&pod, 2)] {
@@ -259,7 +295,7 @@ impl Topology {
         }
         add_mesh_devices(&pod)?;
         // Neighbours find each other before a test counts or times anything.
-        for family in FAMILIES {
+        for family in families() {
             let closed = SocketAddr::new(family.client, 9);
             let deadline = Instant::now() + 2 * SOON;
             while attempt(&pod, closed, QUIET)? != Some(io::ErrorKind::ConnectionRefused) {
@@ -309,7 +345,7 @@ impl Topology {
 
     /// Claims local addresses for probes and starts listening to the node's sockets.
     pub(crate) fn watch_probes(&self) -> Result<()> {
-        for family in FAMILIES {
+        for family in families() {
             self.loader.insert_local(family.pod.into(), SLOT)?;
         }
         Ok(self.loader.attach_host_sockets()?)
@@ -333,9 +369,14 @@ impl Topology {
                 .set_listener(SLOT, direction, family, &listener)?;
             Ok(listener)
         };
+        let all = |direction| -> Result<Vec<TcpListener>> {
+            families()
+                .map(|family| make(direction, family.index))
+                .collect()
+        };
         Ok(Listeners {
-            outbound: [make(OUTBOUND, V4)?, make(OUTBOUND, V6)?],
-            inbound: [make(INBOUND, V4)?, make(INBOUND, V6)?],
+            outbound: all(OUTBOUND)?,
+            inbound: all(INBOUND)?,
         })
     }
 
@@ -440,8 +481,8 @@ impl Drop for Topology {
 
 /// By family: IPv4 first.
 pub(crate) struct Listeners {
-    pub(crate) outbound: [TcpListener; 2],
-    pub(crate) inbound: [TcpListener; 2],
+    pub(crate) outbound: Vec<TcpListener>,
+    pub(crate) inbound: Vec<TcpListener>,
 }
 
 /// A captured pod with no exceptions.

@@ -20,7 +20,7 @@ use picomesh_common::{
 use crate::{
     Test,
     frames::{ACK, Frame, RST, SYN},
-    topology::{CAPTURE_MARK, FAMILIES, OUR_MARK, SLOT, Setup, Topology, active, serve},
+    topology::{CAPTURE_MARK, FAMILIES, OUR_MARK, SLOT, Setup, Topology, active, families, serve},
 };
 
 pub(crate) const TESTS: &[Test] = &[
@@ -35,13 +35,13 @@ pub(crate) const TESTS: &[Test] = &[
     ("steer_leaves_other_devices_alone", steer),
 ];
 
-const PASS: u32 = u32::MAX;
+pub(crate) const PASS: u32 = u32::MAX;
 const DROP: u32 = 2;
-const REDIRECT: u32 = 7;
+pub(crate) const REDIRECT: u32 = 7;
 
 fn egress_takes(setup: &Setup) -> Result<()> {
     let (topology, _listeners) = Topology::with_listeners(setup)?;
-    for family in FAMILIES {
+    for family in families() {
         let frame = Frame::bare(at(family.pod, 40_000), at(family.client, 80), SYN);
         for frame in [frame.clone(), frame.options(8)] {
             let ran = run(&topology, "egress", &frame.bytes(), 0)?;
@@ -55,7 +55,7 @@ fn egress_takes(setup: &Setup) -> Result<()> {
         }
     }
     ensure!(
-        topology.count(Counter::CapturedOutbound)? == 4,
+        topology.count(Counter::CapturedOutbound)? == 2 * families().count() as u64,
         "{:?}",
         topology.nonzero()?
     );
@@ -74,7 +74,7 @@ fn egress_passes(setup: &Setup) -> Result<()> {
         last: 9001,
     };
     topology.loader.set_pod_config(SLOT, &config)?;
-    for family in FAMILIES {
+    for family in families() {
         let (pod, client) = (family.pod, family.client);
         let mut udp = Frame::bare(at(pod, 40_000), at(client, 53), 0).bytes();
         udp[if pod.is_ipv4() { 23 } else { 20 }] = 17;
@@ -123,7 +123,7 @@ fn egress_passes(setup: &Setup) -> Result<()> {
 
 fn egress_refuses(setup: &Setup) -> Result<()> {
     let topology = Topology::new(setup)?;
-    for family in FAMILIES {
+    for family in families() {
         let syn = Frame::bare(at(family.pod, 40_000), at(family.client, 80), SYN);
         let data = Frame::bare(at(family.pod, 40_000), at(family.client, 80), ACK).payload(b"x");
         let [first, later] = data.clone().payload(&[0; 30]).fragments(24);
@@ -161,7 +161,7 @@ fn egress_refuses(setup: &Setup) -> Result<()> {
         Counter::TooManyExtensions,
     )?;
     topology.loader.set_pod_config(SLOT, &PodConfig::EMPTY)?;
-    for family in FAMILIES {
+    for family in families() {
         let syn = Frame::bare(at(family.pod, 40_000), at(family.client, 80), SYN).bytes();
         refused(
             &topology,
@@ -177,7 +177,7 @@ fn egress_refuses(setup: &Setup) -> Result<()> {
 
 fn ingress_takes(setup: &Setup) -> Result<()> {
     let (topology, _listeners) = Topology::with_listeners(setup)?;
-    for family in FAMILIES {
+    for family in families() {
         let app = serve(&topology.pod, at(family.pod, 80))?;
         let syn = Frame::bare(at(family.client, 40_000), app.local_addr()?, SYN);
         let ran = run(&topology, "ingress", &syn.bytes(), 0)?;
@@ -199,7 +199,7 @@ fn ingress_takes(setup: &Setup) -> Result<()> {
         ensure!(ran.verdict == PASS, "{ran:?}");
     }
     ensure!(
-        topology.count(Counter::CapturedInbound)? == 2,
+        topology.count(Counter::CapturedInbound)? == families().count() as u64,
         "{:?}",
         topology.nonzero()?
     );
@@ -208,7 +208,7 @@ fn ingress_takes(setup: &Setup) -> Result<()> {
 
 fn ingress_refuses(setup: &Setup) -> Result<()> {
     let topology = Topology::new(setup)?;
-    for family in FAMILIES {
+    for family in families() {
         let app = serve(&topology.pod, at(family.pod, 80))?;
         let syn = Frame::bare(at(family.client, 40_000), app.local_addr()?, SYN);
         let ack = Frame::bare(at(family.client, 40_000), app.local_addr()?, ACK);
@@ -248,7 +248,7 @@ fn ingress_refuses(setup: &Setup) -> Result<()> {
 fn steer(setup: &Setup) -> Result<()> {
     const SK_PASS: u32 = 1;
     let (topology, _listeners) = Topology::with_listeners(setup)?;
-    for family in FAMILIES {
+    for family in families() {
         let (verdict, cookie) = look_up(&topology, family.client, family.pod)?;
         ensure!(
             (verdict, cookie) == (SK_PASS, 0),
@@ -260,14 +260,14 @@ fn steer(setup: &Setup) -> Result<()> {
 }
 
 #[derive(Debug)]
-struct Ran {
-    verdict: u32,
+pub(crate) struct Ran {
+    pub(crate) verdict: u32,
     mark: u32,
-    frame: Vec<u8>,
+    pub(crate) frame: Vec<u8>,
 }
 
 /// Runs the pod's pinned program on `frame`, with `mark` in its context.
-fn run(topology: &Topology, direction: &str, frame: &[u8], mark: u32) -> Result<Ran> {
+pub(crate) fn run(topology: &Topology, direction: &str, frame: &[u8], mark: u32) -> Result<Ran> {
     const CONTEXT: usize = 192;
     const MARK_AT: usize = 8;
     let pin = topology

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 use picomesh_tests::{
     Agent, AgentOptions, Pod, PodSpec, Service, ServiceSpec, World,
     client::{self, End},
+    requirements,
 };
 
 /// Long enough for a slow machine, short enough that a hang shows.
@@ -108,12 +109,14 @@ impl Ground {
     /// All addresses under which a pod is known: its own, and with the mesh its Service's.
     pub(crate) fn addresses(&self, pod: &Pod) -> Vec<IpAddr> {
         let mut addresses: Vec<IpAddr> = vec![pod.v4().into(), pod.v6().into()];
+
         if !self.agents.is_empty()
             && let Some((_, service)) = self.services.iter().find(|(name, _)| name == pod.name())
         {
             addresses.push(service.v4.into());
             addresses.push(service.v6.into());
         }
+        addresses.retain(|ip| ip.is_ipv4() || requirements::ipv6());
         addresses
     }
 }

@@ -45,6 +45,11 @@ pub(crate) const TESTS: &[Test] = &[
         run: agents::cleanup_leaves_no_trace,
     },
     Test {
+        name: "lifecycle::out_of_descriptors_an_agent_waits_and_goes_on",
+        needs: &[Need::Mesh],
+        run: agents::out_of_descriptors_an_agent_waits_and_goes_on,
+    },
+    Test {
         name: "lifecycle::what_a_container_undoes_is_put_back",
         needs: &[Need::Mesh],
         run: repairs::what_a_container_undoes_is_put_back,

@@ -182,6 +182,8 @@ fn a_called_pod_has_a_cap_too_and_each_caller_hears_why() -> Result<()> {
     let far = ground.far.at(PORT);
     let held = open(&ground.near, far, CAP)?;
     refused(&ground.near, far).context("through a tunnel")?;
+    // Who has proven nothing is counted apart, and keeps nobody out who has.
+    let plain = open(&ground.plain, far, CAP)?;
     refused(&ground.plain, far).context("from outside the mesh")?;
     let why = [("error", "pod_inbound_connections"), ("pod", "far")];
     ground
@@ -192,6 +194,10 @@ fn a_called_pod_has_a_cap_too_and_each_caller_hears_why() -> Result<()> {
         .agent(0)?
         .wait_log(&["outbound", "pod_inbound_connections"], PATIENCE)?;
     drop(held);
+    wait::until("there is room for the mesh", PATIENCE, || {
+        served(&ground.near, far)
+    })?;
+    drop(plain);
     wait::until("there is room again", PATIENCE, || {
         served(&ground.near, far) && served(&ground.plain, far)
     })

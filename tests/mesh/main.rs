@@ -9,6 +9,7 @@ mod harness;
 mod identity_attacks;
 mod lifecycle;
 mod limits;
+mod network_policy;
 mod policy;
 mod scale;
 mod services;
@@ -25,6 +26,7 @@ fn main() -> ExitCode {
             world::TESTS,
             traffic::TESTS,
             policy::TESTS,
+            network_policy::TESTS,
             failclosed::TESTS,
             identity_attacks::TESTS,
             lifecycle::TESTS,

@@ -128,6 +128,7 @@ fn every_connection_has_one_line_in_the_access_log_of_each_end() -> Result<()> {
             is("dst.identity", &ground.far.spiffe_id())?;
             is("src.workload", "near")?;
             is("dst.workload", "far")?;
+            is("dst.hbone_addr", &ground.far.at(PORT).to_string())?;
             ensure!(
                 line["bytes_sent"] == bytes && line["bytes_recv"] == bytes,
                 "{line}"

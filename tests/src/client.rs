@@ -11,8 +11,11 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
+use crate::wait::patience;
+
 /// Connects; reads and writes fail after `deadline` too.
 pub fn connect(to: SocketAddr, deadline: Duration) -> io::Result<TcpStream> {
+    let deadline = patience(deadline);
     let stream = TcpStream::connect_timeout(&to, deadline)?;
     stream.set_read_timeout(Some(deadline))?;
     stream.set_write_timeout(Some(deadline))?;
@@ -22,6 +25,7 @@ pub fn connect(to: SocketAddr, deadline: Duration) -> io::Result<TcpStream> {
 
 /// Connects from a port of the caller's choice (SO_REUSEADDR).
 pub fn connect_from(from: SocketAddr, to: SocketAddr, deadline: Duration) -> io::Result<TcpStream> {
+    let deadline = patience(deadline);
     let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_reuse_address(true)?;
     socket.bind(&from.into())?;
@@ -81,7 +85,7 @@ pub enum End {
 
 /// Reads until the connection ends or `deadline` has passed without a byte.
 pub fn read_to_end(stream: &mut TcpStream, deadline: Duration) -> io::Result<End> {
-    stream.set_read_timeout(Some(deadline))?;
+    stream.set_read_timeout(Some(patience(deadline)))?;
     let mut buffer = vec![0; 64 * 1024];
     let mut read = 0;
     loop {

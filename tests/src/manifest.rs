@@ -202,6 +202,15 @@ pub fn server_authorization(namespace: &str, name: &str, server: &str, client: V
     })
 }
 
+/// A NetworkPolicy of Kubernetes' own.
+pub fn network_policy(namespace: &str, name: &str, spec: Value) -> Value {
+    json!({
+        "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
+        "metadata": {"name": name, "namespace": namespace},
+        "spec": spec,
+    })
+}
+
 /// An object of strings.
 pub fn pairs<K: AsRef<str>, V: AsRef<str>>(pairs: &[(K, V)]) -> Value {
     Value::Object(

@@ -16,6 +16,8 @@ use std::{
 use anyhow::{Context, Result, anyhow, ensure};
 use nix::sched::{CloneFlags, setns};
 
+use crate::requirements;
+
 /// Where `ip netns` keeps its names.
 pub const NETNS_DIR: &str = "/run/netns";
 
@@ -97,29 +99,24 @@ impl Netns {
     }
 
     /// Runs lines of `ip` commands inside (`link set lo up`, one a line).
+    ///
+    /// Not by `ip -n`: that mounts, which fails in a chroot whose root is no mount point. On a
+    /// kernel without IPv6 the lines with its addresses are left out.
     pub fn ip(&self, script: &str) -> Result<()> {
-        let mut child = Command::new("ip")
-            .args(["-n", &self.name, "-batch", "-"])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .context("start `ip`; install the package iproute2")?;
-        if let Some(mut stdin) = child.stdin.take() {
-            stdin.write_all(script.as_bytes())?;
-        }
-        let output = child.wait_with_output()?;
-        ensure!(
-            output.status.success(),
-            "ip -n {} -batch: {}\n{script}",
-            self.name,
-            String::from_utf8_lossy(&output.stderr).trim()
-        );
-        Ok(())
+        let script: String = script
+            .lines()
+            .filter(|line| requirements::ipv6() || !line.contains("::"))
+            .flat_map(|line| [line, "\n"])
+            .collect();
+        self.feed("ip", &["-batch", "-"], &script)
+            .context("the package iproute2 has it")
     }
 
     /// Sets `net.…` inside: `netns.sysctl("net/ipv4/ip_forward", "1")`.
     pub fn sysctl(&self, key: &str, value: &str) -> Result<()> {
+        if key.starts_with("net/ipv6/") && !requirements::ipv6() {
+            return Ok(());
+        }
         self.run(|| std::fs::write(Path::new("/proc/sys").join(key), value))
             .with_context(|| format!("set {key} to {value} in {}", self.name))
     }
@@ -131,23 +128,29 @@ impl Netns {
 
     /// Runs nftables rules inside.
     pub fn nft(&self, script: &str) -> Result<()> {
-        let netns = self.clone();
-        let script = script.to_owned();
-        self.run(move || {
-            let mut child = Command::new("nft")
-                .args(["-f", "-"])
+        self.feed("nft", &["-f", "-"], script)
+            .context("the package nftables has it")
+    }
+
+    /// Runs a program inside that reads `script`.
+    fn feed(&self, program: &str, args: &[&str], script: &str) -> Result<()> {
+        self.run(|| {
+            let mut child = Command::new(program)
+                .args(args)
                 .stdin(Stdio::piped())
+                .stdout(Stdio::null())
                 .stderr(Stdio::piped())
                 .spawn()
-                .context("start `nft`; install the package nftables")?;
+                .with_context(|| format!("start `{program}`"))?;
             if let Some(mut stdin) = child.stdin.take() {
                 stdin.write_all(script.as_bytes())?;
             }
             let output = child.wait_with_output()?;
             ensure!(
                 output.status.success(),
-                "nft in {}: {}",
-                netns.name,
+                "{program} {} in {}: {}\n{script}",
+                args.join(" "),
+                self.name,
                 String::from_utf8_lossy(&output.stderr).trim()
             );
             Ok(())
@@ -156,9 +159,11 @@ impl Netns {
 
     /// The interface's Ethernet address.
     pub fn mac(&self, interface: &str) -> Result<[u8; 6]> {
-        let output = Command::new("ip")
-            .args(["-n", &self.name, "-o", "link", "show", "dev", interface])
-            .output()?;
+        let output = self.run(|| {
+            Command::new("ip")
+                .args(["-o", "link", "show", "dev", interface])
+                .output()
+        })?;
         let line = String::from_utf8_lossy(&output.stdout).into_owned();
         let text = line
             .split_whitespace()

@@ -57,6 +57,11 @@ pub fn kernel() -> (u32, u32) {
     (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
 }
 
+/// Whether the kernel speaks IPv6; with `ipv6.disable=1` it does not.
+pub fn ipv6() -> bool {
+    Path::new("/proc/net/if_inet6").exists()
+}
+
 /// The mount point of cgroup v2.
 pub fn cgroup2() -> Option<String> {
     let mounts = fs::read_to_string("/proc/self/mounts").ok()?;

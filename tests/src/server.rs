@@ -3,7 +3,7 @@
 
 use std::{
     io::{self, Read, Write},
-    net::{Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream},
+    net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -16,7 +16,7 @@ use std::{
 use anyhow::{Context, Result};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::{Netns, client};
+use crate::{Netns, client, requirements};
 
 /// What a server does with a connection.
 #[derive(Clone, Debug)]
@@ -144,11 +144,19 @@ fn listen_in_time(port: u16) -> io::Result<TcpListener> {
     }
 }
 
+/// On all addresses of both families, or of the one that the kernel has.
 fn listen(port: u16) -> io::Result<TcpListener> {
-    let socket = Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::TCP))?;
-    socket.set_only_v6(false)?;
+    let any: SocketAddr = if requirements::ipv6() {
+        (Ipv6Addr::UNSPECIFIED, port).into()
+    } else {
+        (Ipv4Addr::UNSPECIFIED, port).into()
+    };
+    let socket = Socket::new(Domain::for_address(any), Type::STREAM, Some(Protocol::TCP))?;
+    if any.is_ipv6() {
+        socket.set_only_v6(false)?;
+    }
     socket.set_reuse_address(true)?;
-    socket.bind(&SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)).into())?;
+    socket.bind(&any.into())?;
     socket.listen(4096)?;
     socket.set_nonblocking(true)?;
     Ok(socket.into())

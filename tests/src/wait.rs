@@ -1,11 +1,31 @@
 //! Waiting for something to become true, with a deadline and a last word.
+//!
+//! On a machine that is emulated everything takes its time: [`SLOWNESS`] stretches what tests wait
+//! for at most, and nothing that they promise.
 
 use std::{
+    sync::OnceLock,
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Result, bail};
+
+/// The variable that says how many times slower than a real one this machine is.
+pub const SLOWNESS: &str = "PICOMESH_TEST_SLOWNESS";
+
+/// A deadline for this machine.
+pub fn patience(deadline: Duration) -> Duration {
+    static FACTOR: OnceLock<u32> = OnceLock::new();
+    deadline
+        * *FACTOR.get_or_init(|| {
+            std::env::var(SLOWNESS)
+                .ok()
+                .and_then(|factor| factor.parse().ok())
+                .filter(|factor| (1..=100).contains(factor))
+                .unwrap_or(1)
+        })
+}
 
 /// Asks every 10 ms until `probe` gives a value; `Err` is remembered and told when time is up.
 pub fn for_value<T>(
@@ -13,6 +33,7 @@ pub fn for_value<T>(
     deadline: Duration,
     mut probe: impl FnMut() -> Result<Option<T>>,
 ) -> Result<T> {
+    let deadline = patience(deadline);
     let start = Instant::now();
     let mut last = None;
     loop {

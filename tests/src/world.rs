@@ -34,7 +34,7 @@ use crate::{
     capture::Capture,
     manifest::{self, Manifests, pairs},
     process::{self, Output, Process},
-    reaper, wait,
+    reaper, requirements, wait,
 };
 
 /// The port of a node in the wire's namespace carries everything between it and the others.
@@ -257,10 +257,8 @@ impl World {
             other.netns().ip(&node.route())?;
             node.netns().ip(&other.route())?;
         }
-        self.manifests.apply(&manifest::node(
-            node.name(),
-            &[v4.to_string(), v6.to_string()],
-        ))?;
+        self.manifests
+            .apply(&manifest::node(node.name(), &spoken(v4, v6)))?;
         self.nodes
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -360,8 +358,8 @@ impl World {
             "spec": {
                 "type": "ClusterIP",
                 "clusterIP": v4.to_string(),
-                "clusterIPs": [v4.to_string(), v6.to_string()],
-                "ipFamilies": ["IPv4", "IPv6"],
+                "clusterIPs": spoken(v4, v6),
+                "ipFamilies": &["IPv4", "IPv6"][..spoken(v4, v6).len()],
                 "ipFamilyPolicy": "PreferDualStack",
                 "ports": ports,
             },
@@ -469,6 +467,15 @@ impl World {
             commands: self.commands.clone(),
         }
     }
+}
+
+/// Those of a pair of addresses whose family this kernel has.
+fn spoken(v4: Ipv4Addr, v6: Ipv6Addr) -> Vec<String> {
+    let mut addresses = vec![v4.to_string()];
+    if requirements::ipv6() {
+        addresses.push(v6.to_string());
+    }
+    addresses
 }
 
 impl Drop for World {
@@ -623,6 +630,10 @@ impl Pod {
             .iter()
             .map(|(name, port)| json!({"name": name, "containerPort": port, "protocol": "TCP"}))
             .collect();
+        let addresses: Vec<Value> = spoken(self.v4(), self.v6())
+            .into_iter()
+            .map(|ip| json!({ "ip": ip }))
+            .collect();
         let mut object = json!({
             "apiVersion": "v1", "kind": "Pod",
             "metadata": {
@@ -638,7 +649,7 @@ impl Pod {
             "status": {
                 "phase": "Running",
                 "podIP": self.v4().to_string(),
-                "podIPs": [{"ip": self.v4().to_string()}, {"ip": self.v6().to_string()}],
+                "podIPs": addresses,
                 "conditions": [{"type": "Ready", "status": "True"}],
             },
         });

@@ -59,8 +59,11 @@ pub(crate) fn run(_args: &Args) -> Result<ExitCode> {
 fn note(purpose: Purpose) -> String {
     match purpose {
         Purpose::Ebpf => format!(": {}", ebpf::way()),
-        Purpose::Build | Purpose::World | Purpose::Bench | Purpose::Deny | Purpose::Mutants => {
-            String::new()
-        }
+        Purpose::Build
+        | Purpose::World
+        | Purpose::Bench
+        | Purpose::Deny
+        | Purpose::Mutants
+        | Purpose::Vm => String::new(),
     }
 }

@@ -15,6 +15,7 @@ mod needs;
 mod setup;
 mod shell;
 mod test;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -43,6 +44,8 @@ enum Verb {
     Test(test::Args),
     /// Change the files that decide, one operator at a time, and see whether the tests notice
     Mutants(mutants::Args),
+    /// Run the tier bpf and a smoke test of the mesh on other kernels, under qemu
+    Vm(vm::Args),
 }
 
 fn main() -> ExitCode {
@@ -54,6 +57,7 @@ fn main() -> ExitCode {
         Verb::Bench(args) => bench::run(&args),
         Verb::Test(args) => test::run(&args),
         Verb::Mutants(args) => mutants::run(&args),
+        Verb::Vm(args) => vm::run(&args),
     };
     done.unwrap_or_else(|e| {
         eprintln!("{e:#}");

@@ -31,16 +31,19 @@ pub(crate) enum Purpose {
     Deny,
     /// Testing the tests
     Mutants,
+    /// Booting other kernels
+    Vm,
 }
 
 impl Purpose {
-    pub(crate) const ALL: [Self; 6] = [
+    pub(crate) const ALL: [Self; 7] = [
         Self::Build,
         Self::Ebpf,
         Self::World,
         Self::Bench,
         Self::Deny,
         Self::Mutants,
+        Self::Vm,
     ];
 
     pub(crate) const fn name(self) -> &'static str {
@@ -51,6 +54,7 @@ impl Purpose {
             Self::Bench => "bench",
             Self::Deny => "deny",
             Self::Mutants => "mutants",
+            Self::Vm => "vm",
         }
     }
 }
@@ -196,6 +200,30 @@ const NEEDS: &[Need] = &[
         source: Source::Tool(&CARGO_MUTANTS),
         why: "changes the files that decide",
     },
+    package(
+        Purpose::Vm,
+        "qemu-system-x86",
+        Sign::Program("qemu-system-x86_64"),
+        "boots other kernels",
+    ),
+    package(
+        Purpose::Vm,
+        "busybox-static",
+        Sign::Program("busybox"),
+        "the system below the tests on other kernels",
+    ),
+    package(
+        Purpose::Vm,
+        "kmod",
+        Sign::Program("depmod"),
+        "tells which modules of a kernel need which",
+    ),
+    package(
+        Purpose::Vm,
+        "binutils",
+        Sign::Program("strip"),
+        "makes the tests small enough for a machine in memory",
+    ),
 ];
 
 const fn package(purpose: Purpose, name: &'static str, sign: Sign, why: &'static str) -> Need {

@@ -18,7 +18,7 @@ use crate::{
     cache::CARGO_DENY,
     mutants,
     needs::{self, Purpose},
-    shell,
+    shell, vm,
 };
 
 #[derive(clap::Args)]
@@ -33,7 +33,7 @@ pub(crate) struct Args {
     #[arg(long)]
     list: bool,
     /// Also run the tests that take much of the machine, take out one rule of the kernel half at a
-    /// time and demand red, and run `mutants`
+    /// time and demand red, and run `mutants` and `vm`
     #[arg(long)]
     full: bool,
 }
@@ -87,6 +87,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         total.add(rules::run());
         println!("== mutants ==");
         total.add(mutants::count());
+        println!("== vm ==");
+        total.add(vm::count());
     }
     for name in &total.failures {
         println!("failed: {name}");

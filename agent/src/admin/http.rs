@@ -272,7 +272,7 @@ mod tests {
         let response = send(served.address, "GET", "/ready").await;
         assert!(response.starts_with("HTTP/1.1 503"), "{response}");
         assert!(response.ends_with("not ready, pending: certificates\n"));
-        drop(task);
+        task.done();
         let response = send(served.address, "GET", "/ready").await;
         assert!(response.starts_with("HTTP/1.1 200"), "{response}");
     }

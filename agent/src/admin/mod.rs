@@ -15,7 +15,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::telemetry::LogLevel;
+use crate::{state::explain::Question, telemetry::LogLevel};
 
 /// What may be asked on the socket; one line of JSON.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,7 +25,7 @@ pub enum Request {
     Pods,
     Tunnels,
     Certificates,
-    Policies,
+    Policies(Question),
     Limits,
     LogLevel {
         /// `None`: only tell.
@@ -43,6 +43,8 @@ pub enum Response {
 
 /// Answers at once, from memory.
 pub type View = Box<dyn Fn() -> Value + Send + Sync>;
+/// The same; the error says what to ask instead.
+pub type PolicyView = Box<dyn Fn(&Question) -> Result<Value, String> + Send + Sync>;
 
 /// Where answers come from.
 pub struct Views {
@@ -50,7 +52,7 @@ pub struct Views {
     pub pods: View,
     pub tunnels: View,
     pub certificates: View,
-    pub policies: View,
+    pub policies: PolicyView,
     pub limits: View,
     /// `None` where logging is somebody else's (tests).
     pub log_level: Option<LogLevel>,
@@ -63,7 +65,10 @@ impl Views {
             Request::Pods => Response::Ok((self.pods)()),
             Request::Tunnels => Response::Ok((self.tunnels)()),
             Request::Certificates => Response::Ok((self.certificates)()),
-            Request::Policies => Response::Ok((self.policies)()),
+            Request::Policies(question) => match (self.policies)(&question) {
+                Ok(answer) => Response::Ok(answer),
+                Err(reason) => Response::Error(reason),
+            },
             Request::Limits => Response::Ok((self.limits)()),
             Request::LogLevel { level } => self.log_level(level),
         }

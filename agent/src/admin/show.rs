@@ -29,7 +29,7 @@ fn request(subject: DebugSubject) -> Request {
         DebugSubject::Pods => Request::Pods,
         DebugSubject::Tunnels => Request::Tunnels,
         DebugSubject::Certificates => Request::Certificates,
-        DebugSubject::Policies => Request::Policies,
+        DebugSubject::Policies(args) => Request::Policies(args.question()),
         DebugSubject::Limits => Request::Limits,
         DebugSubject::LogLevel { level } => Request::LogLevel { level },
     }
@@ -51,7 +51,20 @@ fn text(request: &Request, answer: &Value) -> String {
             answer,
             "no meshed pod runs on this node",
         ),
-        Request::Tunnels => any_table(answer, "no tunnel stands"),
+        Request::Tunnels => table(
+            &[
+                ("ROLE", "role"),
+                ("SOURCE", "source"),
+                ("DESTINATION", "destination"),
+                ("REMOTE", "remote"),
+                ("STREAMS", "streams"),
+                ("BYTES", "bytes"),
+                ("SECONDS", "seconds"),
+                ("RETIRING", "retiring"),
+            ],
+            answer,
+            "no tunnel stands",
+        ),
         Request::Certificates => table(
             &[
                 ("IDENTITY", "identity"),
@@ -66,11 +79,21 @@ fn text(request: &Request, answer: &Value) -> String {
             answer,
             "no certificate is wanted: no meshed pod runs on this node",
         ),
-        Request::Policies => table(
+        Request::Policies(question) if question.from.is_some() || question.to.is_some() => table(
+            &[
+                ("ASKED", "asked"),
+                ("VERDICT", "verdict"),
+                ("DECIDED BY", "decided_by"),
+                ("WHY", "why"),
+            ],
+            answer,
+            "nobody is asked",
+        ),
+        Request::Policies(_) => table(
             &[
                 ("POD", "pod"),
                 ("PORT", "port"),
-                ("SERVER", "server"),
+                ("POLICY", "policy"),
                 ("ALLOWED", "allowed"),
                 ("OTHERWISE", "otherwise"),
             ],

@@ -207,7 +207,7 @@ mod tests {
             pods: Box::new(|| json!([{"name": "shop/cart"}])),
             tunnels: Box::new(|| json!([])),
             certificates: Box::new(|| json!([])),
-            policies: Box::new(|| json!([])),
+            policies: Box::new(|_| Ok(json!([]))),
             limits: Box::new(|| json!({})),
             log_level: None,
         }

@@ -20,7 +20,11 @@ use crate::{
     metrics::{Family, Kind, Metrics, Sample},
     proxy::{Capacity, Proxy},
     readiness::Readiness,
-    state::{MeshStore, objects::MeshSettings},
+    state::{
+        MeshStore,
+        explain::{self, Direction, Question},
+        objects::MeshSettings,
+    },
     telemetry::LogLevel,
 };
 
@@ -51,7 +55,10 @@ pub(super) fn views(shown: &Arc<Shown>, log_level: Option<LogLevel>) -> Views {
         pods: view(Shown::pods),
         tunnels: view(|shown| json!(shown.proxy.tunnels())),
         certificates: view(Shown::certificates),
-        policies: view(Shown::policies),
+        policies: {
+            let shown = shown.clone();
+            Box::new(move |question| shown.policies(question))
+        },
         limits: view(Shown::limits),
         log_level,
     }
@@ -190,24 +197,47 @@ impl Shown {
         certificates.collect()
     }
 
-    fn policies(&self) -> Value {
+    fn policies(&self, question: &Question) -> Result<Value, String> {
         let mesh = self.mesh.load();
-        let local = mesh.workloads.values();
-        let mut pods: Vec<_> = local.filter(|pod| pod.local && pod.meshed).collect();
-        pods.sort_by(|a, b| a.key.cmp(&b.key));
+        if question.from.is_some() || question.to.is_some() {
+            return explain::explain(&mesh, question).map(|checks| json!(checks));
+        }
+        let pods = match &question.pod {
+            Some(name) => vec![explain::local_pod(&mesh, name)?],
+            None => {
+                let local = mesh.workloads.values();
+                let mut pods: Vec<_> = local.filter(|pod| pod.local && pod.meshed).collect();
+                pods.sort_by(|a, b| a.key.cmp(&b.key));
+                pods
+            }
+        };
         let rows = pods.into_iter().flat_map(|pod| {
-            let ports = pod.policy.iter().flat_map(|policy| policy.describe());
-            ports.map(|words| {
+            let mut rows = Vec::new();
+            if question.direction != Some(Direction::Egress) {
+                let ports = pod.policy.iter().flat_map(|policy| policy.describe());
+                rows.extend(ports.map(|words| {
+                    json!({
+                        "pod": pod.key.to_string(),
+                        "port": words.port.map_or_else(|| json!("others"), |port| json!(port)),
+                        "policy": words.server.map(|server| format!("Server {server}")),
+                        "allowed": words.allowed,
+                        "otherwise": words.otherwise,
+                    })
+                }));
+            }
+            let network = explain::policies_of(pod, question.direction);
+            rows.extend(network.into_iter().map(|words| {
                 json!({
-                    "pod": pod.key.to_string(),
-                    "port": words.port.map_or_else(|| json!("others"), |port| json!(port)),
-                    "server": words.server,
-                    "allowed": words.allowed,
-                    "otherwise": words.otherwise,
+                    "pod": words.pod,
+                    "port": words.direction,
+                    "policy": format!("NetworkPolicy {}", words.policy),
+                    "allowed": words.rules,
+                    "otherwise": "nobody, unless another NetworkPolicy allows it",
                 })
-            })
+            }));
+            rows
         });
-        rows.collect()
+        Ok(rows.collect())
     }
 
     fn families(&self) -> Vec<Family> {

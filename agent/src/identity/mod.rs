@@ -24,7 +24,7 @@ use crate::state::Identity;
 
 pub use manager::{Identities, NoCertificate, Settings};
 pub use spiffe::{parse_spiffe_id, server_name};
-pub use tls::{handshake_reason, peer_identity, tls_reason};
+pub use tls::{Peer, handshake_reason, handshake_sentence, peer, peer_identity, tls_reason};
 
 /// Trust anchors; old and new ones while a bundle rotates.
 #[derive(Clone, Debug, PartialEq, Eq)]

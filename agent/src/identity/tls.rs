@@ -12,7 +12,8 @@
 //!
 //! **Anchors are read at each handshake**, not copied into configurations: a configuration that
 //! somebody still holds cannot accept an anchor that has been removed, nor miss one that was
-//! added. Connections that stand are not looked at again.
+//! added. Connections that stand are not looked at again; `proxy` ends a tunnel's use when the peer's
+//! certificate is over ([`Peer::until`]).
 //!
 //! **No resumption.** A resumed session skips both certificates, so it would outlive an identity,
 //! an expiry and a bundle. Tunnels are few and live long, so the cost is small: one ECDSA
@@ -24,7 +25,11 @@
 
 mod reason;
 
-use std::{fmt, sync::Arc};
+use std::{
+    fmt,
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use arc_swap::ArcSwap;
 use rustls::{
@@ -53,7 +58,7 @@ use super::{
     spiffe::{NotAWorkload, parse_spiffe_id},
 };
 
-pub use reason::{handshake_reason, tls_reason};
+pub use reason::{handshake_reason, handshake_sentence, tls_reason};
 
 /// The one protocol spoken inside.
 const ALPN: &[u8] = b"h2";
@@ -97,8 +102,21 @@ pub(super) trait Certificates: fmt::Debug + Send + Sync {
     fn pick(&self, server_name: Option<&str>) -> Option<Arc<CertifiedKey>>;
 }
 
-/// The one SPIFFE ID of an already verified peer certificate.
+/// Whom an already verified certificate names, and until when it counts.
+#[derive(Clone, Debug)]
+pub struct Peer {
+    /// The one SPIFFE ID.
+    pub identity: Identity,
+    pub until: SystemTime,
+}
+
+/// The identity alone; see [`peer`].
 pub fn peer_identity(leaf: &CertificateDer<'_>) -> Result<Identity, PeerError> {
+    peer(leaf).map(|peer| peer.identity)
+}
+
+/// Reads an already verified peer certificate.
+pub fn peer(leaf: &CertificateDer<'_>) -> Result<Peer, PeerError> {
     let malformed = |what: String| PeerError::Malformed(what);
     let (rest, certificate) =
         X509Certificate::from_der(leaf).map_err(|error| malformed(error.to_string()))?;
@@ -124,7 +142,13 @@ pub fn peer_identity(leaf: &CertificateDer<'_>) -> Result<Identity, PeerError> {
             | GeneralName::Invalid(..) => None,
         });
     match (uris.next(), uris.count()) {
-        (Some(uri), 0) => Ok(parse_spiffe_id(uri)?),
+        (Some(uri), 0) => {
+            let end = certificate.validity().not_after.timestamp();
+            Ok(Peer {
+                identity: parse_spiffe_id(uri)?,
+                until: UNIX_EPOCH + Duration::from_secs(u64::try_from(end).unwrap_or_default()),
+            })
+        }
         (Some(_), more) => Err(PeerError::NotOneUri(more + 1)),
         (None, _) => Err(PeerError::NotOneUri(0)),
     }

@@ -478,7 +478,7 @@ fn is_port_name(name: &str) -> bool {
         && name.bytes().any(|byte| byte.is_ascii_lowercase())
 }
 
-fn protocol(path: &str, protocol: Option<&str>) -> Result<Protocol, FieldError> {
+pub(super) fn protocol(path: &str, protocol: Option<&str>) -> Result<Protocol, FieldError> {
     match protocol {
         None | Some("" | "TCP") => Ok(Protocol::Tcp),
         Some("UDP") => Ok(Protocol::Udp),

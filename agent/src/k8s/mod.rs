@@ -1,13 +1,14 @@
 //! The cluster comes in: Kubernetes objects become the plain types of `state`.
 //!
-//! [`convert`] reads the kinds that Kubernetes defines, [`policy`] those of `policy.linkerd.io`,
-//! [`words`] the labels and annotations that speak to us. Called by `local` with what stands in
+//! [`convert`] reads the kinds that Kubernetes defines, [`network_policy`] its NetworkPolicy,
+//! [`policy`] the kinds of `policy.linkerd.io`, [`words`] the labels and annotations that speak to us. Called by `local` with what stands in
 //! files. Conversion of one object may fail and says which field, what stands there and what should;
 //! it never looks at another object, and never at the network or the clock.
 #![forbid(unsafe_code)]
 
 pub mod convert;
 mod field;
+pub mod network_policy;
 pub mod policy;
 pub mod words;
 

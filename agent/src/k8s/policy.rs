@@ -7,7 +7,10 @@
 
 use std::sync::Arc;
 
-use k8s_openapi::apimachinery::pkg::{apis::meta::v1::ObjectMeta, util::intstr::IntOrString};
+use k8s_openapi::apimachinery::pkg::{
+    apis::meta::v1::{LabelSelector, ObjectMeta},
+    util::intstr::IntOrString,
+};
 use serde::{Deserialize, de::IgnoredAny};
 
 use crate::state::{
@@ -156,7 +159,7 @@ pub struct ServerSpec {
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
-struct SelectorSpec {
+pub(super) struct SelectorSpec {
     match_labels: Option<std::collections::BTreeMap<String, String>>,
     match_expressions: Option<Vec<RequirementSpec>>,
 }
@@ -168,6 +171,24 @@ struct RequirementSpec {
     operator: String,
     #[serde(default)]
     values: Option<Vec<String>>,
+}
+
+/// A selector within one of Kubernetes' own kinds.
+impl From<LabelSelector> for SelectorSpec {
+    fn from(written: LabelSelector) -> Self {
+        let requirements = written.match_expressions.map(|requirements| {
+            let requirements = requirements.into_iter();
+            requirements.map(|written| RequirementSpec {
+                key: written.key,
+                operator: written.operator,
+                values: written.values,
+            })
+        });
+        Self {
+            match_labels: written.match_labels,
+            match_expressions: requirements.map(Iterator::collect),
+        }
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -591,7 +612,7 @@ impl Converter {
     }
 }
 
-fn selector(path: &str, written: SelectorSpec) -> Result<Selector, FieldError> {
+pub(super) fn selector(path: &str, written: SelectorSpec) -> Result<Selector, FieldError> {
     let mut match_expressions = Vec::new();
     for (index, written) in written.match_expressions.into_iter().flatten().enumerate() {
         let path = format!("{path}.matchExpressions[{index}]");

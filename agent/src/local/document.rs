@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use aws_lc_rs::digest;
 use k8s_openapi::{
-    api::{core::v1 as core, discovery::v1 as discovery},
+    api::{core::v1 as core, discovery::v1 as discovery, networking::v1 as networking},
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
 use serde::{
@@ -21,7 +21,7 @@ use serde_saphyr::Spanned;
 
 use crate::{
     k8s::{
-        Converter, FieldError,
+        Converter, FieldError, network_policy,
         policy::{self, Known, Manifest, PolicyKind},
     },
     state::{objects::Object, policy::POLICY_GROUP},
@@ -273,6 +273,13 @@ fn read_object(
                 Some(slice) => loaded(Object::EndpointSlice(slice)),
                 None => ignored(),
             }
+        }
+        (version, "NetworkPolicy") if network_policy::is_kubernetes_own(version) => {
+            network_policy::known(version).map_err(misfit)?;
+            let policy: networking::NetworkPolicy = part.kubernetes(head)?;
+            loaded(Object::NetworkPolicy(
+                converter.network_policy(policy).map_err(misfit)?,
+            ))
         }
         _ => {
             let policy = api_version.strip_prefix(POLICY_GROUP);

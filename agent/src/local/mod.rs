@@ -92,14 +92,13 @@ pub enum LocalError {
     Unreadable { dir: PathBuf, source: io::Error },
 }
 
-/// Reads `dir`, publishes the mesh, and goes on until `stop`. `loading` is dropped once the first
-/// mesh is published: a readiness guard.
-pub async fn run<Loading: Send>(
+/// Reads `dir`, publishes the mesh, and goes on until `stop`. `loaded` hears of the first mesh.
+pub async fn run(
     dir: PathBuf,
     settings: Arc<MeshSettings>,
     store: Arc<MeshStore>,
     outputs: Outputs,
-    loading: Loading,
+    loaded: impl FnOnce() + Send,
     stop: impl Future<Output = ()> + Send,
 ) -> Result<(), LocalError> {
     let (changed, mut changes) = watch::channel(());
@@ -113,7 +112,7 @@ pub async fn run<Loading: Send>(
         named: BTreeSet::new(),
     };
     writer.load().await?;
-    drop(loading);
+    loaded();
 
     let mut stop = pin!(stop);
     loop {

@@ -539,7 +539,7 @@ fn start(dir: PathBuf) -> Running {
         settings,
         Arc::clone(&store),
         outputs,
-        loading,
+        || drop(loading),
         async move {
             let _closed = stopped.await;
         },

@@ -34,6 +34,7 @@ pub(super) struct FlowKey {
     client_id: Option<Identity>,
     server_id: Option<Identity>,
     target: Target,
+    endpoint: Target,
     service: Option<(ObjectKey, u16)>,
     tls: TlsStatus,
     server: Option<PolicyRef>,
@@ -51,14 +52,22 @@ enum Target {
 }
 
 impl Target {
+    /// What was dialled.
     fn of(info: &FlowInfo) -> Self {
-        match info.tls {
-            TlsStatus::Passthrough => Self::Outside {
-                port: info.target.port(),
-            },
-            TlsStatus::True | TlsStatus::SameNode | TlsStatus::NotMeshed => Self::Known(
-                SocketAddr::new(info.target.ip().to_canonical(), info.target.port()),
-            ),
+        Self::shown(info.target, info.tls)
+    }
+
+    /// Where it was led.
+    fn reached(info: &FlowInfo) -> Self {
+        Self::shown(info.endpoint, info.tls)
+    }
+
+    fn shown(addr: SocketAddr, tls: TlsStatus) -> Self {
+        match tls {
+            TlsStatus::Passthrough => Self::Outside { port: addr.port() },
+            TlsStatus::True | TlsStatus::SameNode | TlsStatus::NotMeshed => {
+                Self::Known(SocketAddr::new(addr.ip().to_canonical(), addr.port()))
+            }
         }
     }
 }
@@ -72,6 +81,7 @@ impl FlowKey {
             client_id: info.client_id.clone(),
             server_id: info.server_id.clone(),
             target: Target::of(info),
+            endpoint: Target::reached(info),
             service: info.service.clone(),
             tls: info.tls,
             server: info.server.clone(),
@@ -85,16 +95,21 @@ pub(super) fn tcp(info: &FlowInfo, peer: Peer) -> Wanted<'_> {
     let mut labels = Builder::default();
     labels.direction(info.direction);
     labels.peer(peer);
-    labels.target(Target::of(info));
     match (info.direction, peer) {
-        (Direction::Outbound, Peer::Src) | (Direction::Inbound, Peer::Dst) => labels.application(),
+        (Direction::Outbound, Peer::Src) => {
+            labels.target(Target::of(info));
+            labels.application();
+        }
+        (Direction::Inbound, Peer::Dst) => labels.application(),
         (Direction::Outbound, Peer::Dst) => {
+            labels.target(Target::reached(info));
             labels.tls(info);
             labels.identity("client_id", info.client_id.as_ref());
             labels.identity("server_id", info.server_id.as_ref());
             labels.destination(info);
         }
         (Direction::Inbound, Peer::Src) => {
+            labels.target(Target::of(info));
             labels.tls(info);
             labels.identity("client_id", info.client_id.as_ref());
             labels.identity("server_id", info.server_id.as_ref());
@@ -356,6 +371,7 @@ impl Builder {
             self.set("srv_group", &server.group);
             self.set("srv_kind", &server.kind);
             self.set("srv_name", &server.name);
+            self.set("srv_port", &info.target.port().to_string());
         }
         if let Some(authz) = &info.authz {
             self.set("authz_group", &authz.group);

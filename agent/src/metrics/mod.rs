@@ -53,6 +53,8 @@ pub struct FlowInfo {
     pub server_id: Option<Identity>,
     /// Original destination.
     pub target: SocketAddr,
+    /// Where it was led: the endpoint that was picked. Inbound it is the target.
+    pub endpoint: SocketAddr,
     /// The Service that was dialled.
     pub service: Option<(ObjectKey, u16)>,
     pub tls: TlsStatus,

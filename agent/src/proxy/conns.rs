@@ -1,13 +1,14 @@
 //! The open connections of one data thread: who they are, and the way to end them from outside.
 //!
 //! A connection registers when it is decided and leaves by dropping its [`Conn`]. On every new
-//! mesh the thread asks [`Conns::reconsider`], which decides again for each connection into a pod
-//! of this node with the same code as at its beginning and ends those that are now forbidden.
+//! mesh the thread asks [`Conns::reconsider`], which decides again for each connection into or out
+//! of a pod of this node with the same code as at its beginning and ends those now forbidden.
 //! Nothing here knows bytes.
 
 use std::{
     cell::{Cell, RefCell},
     collections::HashMap,
+    net::SocketAddr,
     rc::{Rc, Weak},
     task::{Context, Poll, Waker},
 };
@@ -31,10 +32,18 @@ pub(super) struct Conn {
     conns: Rc<Conns>,
     id: u64,
     /// The pods of this node it belongs to: the caller, the callee or both.
-    caller: Option<PodUid>,
+    caller: Option<Caller>,
     callee: Option<Callee>,
     aborted: Cell<Option<Reason>>,
     waker: RefCell<Option<Waker>>,
+}
+
+/// The local pod that dialled, and where its connection ends.
+pub(super) struct Caller {
+    pub(super) uid: PodUid,
+    pub(super) endpoint: SocketAddr,
+    /// The pod there, if it is one.
+    pub(super) callee: Option<PodUid>,
 }
 
 /// The local pod a connection goes to, and who was let in.
@@ -55,7 +64,7 @@ impl Conns {
 
     pub(super) fn open(
         self: &Rc<Self>,
-        caller: Option<PodUid>,
+        caller: Option<Caller>,
         callee: Option<Callee>,
     ) -> Rc<Conn> {
         let id = self.next.get();
@@ -112,8 +121,9 @@ impl Conns {
     pub(super) fn per_pod(&self) -> HashMap<PodUid, usize> {
         let mut counts = HashMap::new();
         for conn in self.entries.borrow().values().filter_map(Weak::upgrade) {
+            let caller = conn.caller.as_ref().map(|caller| &caller.uid);
             let callee = conn.callee.as_ref().map(|callee| &callee.uid);
-            for uid in conn.caller.iter().chain(callee) {
+            for uid in caller.into_iter().chain(callee) {
                 *counts.entry(PodUid::clone(uid)).or_default() += 1;
             }
         }
@@ -134,16 +144,29 @@ impl Conn {
             let Some(workload) = mesh.workloads.get(&callee.uid) else {
                 return Some(Reason::PodGone);
             };
-            // Who has left the mesh keeps what stands (rule 12).
-            if workload.meshed && authz::decide(workload, &callee.client, callee.port).is_err() {
+            let (client, port) = (&callee.client, callee.port);
+            // Who has left the mesh keeps what stands (rule 12), as far as Kubernetes lets it.
+            let forbidden = if workload.meshed {
+                authz::decide(mesh, workload, client, port).is_err()
+            } else {
+                authz::enters(mesh, workload, client, port).is_err()
+            };
+            if forbidden {
                 return Some(Reason::PolicyChanged);
             }
         }
-        let caller_gone = self
-            .caller
-            .as_ref()
-            .is_some_and(|caller| !mesh.workloads.contains_key(caller));
-        caller_gone.then_some(Reason::PodGone)
+        if let Some(caller) = &self.caller {
+            let Some(workload) = mesh.workloads.get(&caller.uid) else {
+                return Some(Reason::PodGone);
+            };
+            let callee = caller.callee.as_ref();
+            let callee = callee.and_then(|uid| mesh.workloads.get(uid));
+            let callee = callee.map(|workload| &**workload);
+            if authz::leaves(workload, caller.endpoint, callee).is_err() {
+                return Some(Reason::PolicyChanged);
+            }
+        }
+        None
     }
 
     fn abort(&self, reason: Reason) {

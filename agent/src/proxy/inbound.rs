@@ -95,7 +95,7 @@ async fn establish(
     report: &mut Report,
 ) -> Result<Standing, Refusal> {
     let mesh = thread.mesh();
-    let (peer, target) = (report.record.src_addr, report.record.dst_addr);
+    let (peer, target) = (report.record.src_addr, report.target);
     let Some(callee) = mesh.workloads.get(pod.sockets.uid()) else {
         return Err(Refusal::new(
             Reason::UnknownPod,
@@ -113,6 +113,11 @@ async fn establish(
     }
     let client = Client {
         ip: peer.ip(),
+        pod: report
+            .record
+            .src_workload
+            .as_ref()
+            .map(|pod| pod.uid.clone()),
         identity: ClientIdentity::None,
     };
     let mut info = FlowInfo {
@@ -122,12 +127,13 @@ async fn establish(
         client_id: None,
         server_id: None,
         target,
+        endpoint: target,
         service: None,
         tls: TlsStatus::NotMeshed,
         server: None,
         authz: None,
     };
-    match authz::decide(callee, &client, target.port()) {
+    match authz::decide(&mesh, callee, &client, target.port()) {
         Ok(allowed) => {
             info.server = allowed.server;
             info.authz = allowed.authz;
@@ -140,12 +146,7 @@ async fn establish(
         Err(denied) => {
             info.server = denied.server;
             thread.recorder.authz(&info, false);
-            let detail = format!(
-                "plain client may not call port {} of {}",
-                target.port(),
-                callee.key
-            );
-            return Err(Refusal::new(denied.reason, detail));
+            return Err(denied.refusal);
         }
     }
     let source = Source::Keep { client: peer };

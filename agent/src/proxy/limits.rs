@@ -2,9 +2,10 @@
 //!
 //! Every connection is charged to one pod of this node: to the one that dialled it, or, where it
 //! comes from outside the node, to the one it goes to. So a pod that calls its neighbours uses up
-//! what is its own, never theirs; and because what may come to a pod is more than what any one pod
-//! may dial, a single caller cannot use up what a pod of another node may take either. Four things
-//! are bounded: connections open, new ones in a second,
+//! what is its own, never theirs; and because more may come to a pod than any one pod may dial, a
+//! single caller cannot use up what a pod of another node may take either. What comes by tunnels,
+//! with a proven identity, is counted apart from what comes plainly: strangers cannot keep the mesh
+//! out. Four things are bounded: connections open, new ones in a second,
 //! those whose far end is still being reached, and bytes that wait in our memory.
 //!
 //! **Refused, not delayed.** What is over a cap is accepted and reset at once, before a task or a
@@ -23,7 +24,7 @@ mod bucket;
 mod capacity;
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     sync::{
         Arc, Weak,
         atomic::{AtomicU64, AtomicUsize, Ordering},
@@ -35,7 +36,7 @@ use parking_lot::Mutex;
 use serde::Serialize;
 
 use super::{copy::CHUNK, reason::Reason, report::Refusal};
-use crate::{metrics::Direction, state::PodUid};
+use crate::state::PodUid;
 
 pub(super) use bucket::{Bucket, Rate};
 pub use capacity::{Bound, Capacity};
@@ -57,7 +58,8 @@ pub struct CapSettings {
 pub struct Caps {
     /// Connections that one pod has dialled and that are open.
     pub pod_connections: usize,
-    /// The same of those that came to one pod from outside the node.
+    /// The same of those that came to one pod from outside the node: so many by tunnels, and as many
+    /// plainly.
     pub pod_inbound_connections: usize,
     /// Connections that one pod dials in a second; as many may come at once. Twice as many may come
     /// to it.
@@ -84,6 +86,21 @@ impl Default for Caps {
     }
 }
 
+/// How a connection came to be a pod's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Way {
+    /// It dialled.
+    Dialled,
+    /// Somebody called it by a tunnel, and policy let them in.
+    Tunnelled,
+    /// Somebody called it who has proven nothing.
+    Plain,
+}
+
+impl Way {
+    const ALL: [Self; 3] = [Self::Dialled, Self::Tunnelled, Self::Plain];
+}
+
 /// Over which cap?
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Over {
@@ -96,19 +113,19 @@ enum Over {
 impl Over {
     const ALL: [Self; 4] = [Self::Connections, Self::Rate, Self::Pending, Self::Node];
 
-    fn reason(self, direction: Direction) -> Reason {
-        match (self, direction) {
-            (Self::Connections, Direction::Outbound) => Reason::PodConnections,
-            (Self::Connections, Direction::Inbound) => Reason::PodInboundConnections,
-            (Self::Rate, Direction::Outbound) => Reason::PodConnectionRate,
-            (Self::Rate, Direction::Inbound) => Reason::PodInboundRate,
-            (Self::Pending, Direction::Outbound) => Reason::PodPending,
-            (Self::Pending, Direction::Inbound) => Reason::PodInboundPending,
-            (Self::Node, Direction::Outbound | Direction::Inbound) => Reason::NodeConnections,
+    fn reason(self, way: Way) -> Reason {
+        match (self, way) {
+            (Self::Connections, Way::Dialled) => Reason::PodConnections,
+            (Self::Connections, Way::Tunnelled | Way::Plain) => Reason::PodInboundConnections,
+            (Self::Rate, Way::Dialled) => Reason::PodConnectionRate,
+            (Self::Rate, Way::Tunnelled | Way::Plain) => Reason::PodInboundRate,
+            (Self::Pending, Way::Dialled) => Reason::PodPending,
+            (Self::Pending, Way::Tunnelled | Way::Plain) => Reason::PodInboundPending,
+            (Self::Node, Way::Dialled | Way::Tunnelled | Way::Plain) => Reason::NodeConnections,
         }
     }
 
-    fn sentence(self, caps: &SideCaps, node: usize) -> String {
+    fn sentence(self, caps: &WayCaps, node: usize) -> String {
         match self {
             Self::Connections => format!(
                 "{} connections are open; {} is the cap",
@@ -129,8 +146,8 @@ impl Over {
     }
 }
 
-/// What is in force for one direction of a pod.
-struct SideCaps {
+/// What is in force for one way.
+struct WayCaps {
     connections: usize,
     rate: u32,
     pending: usize,
@@ -138,15 +155,15 @@ struct SideCaps {
 }
 
 impl Caps {
-    fn of(&self, direction: Direction) -> SideCaps {
-        match direction {
-            Direction::Outbound => SideCaps {
+    fn of(&self, way: Way) -> WayCaps {
+        match way {
+            Way::Dialled => WayCaps {
                 connections: self.pod_connections,
                 rate: self.pod_rate,
                 pending: self.pod_pending,
                 flag: "--pod-connections",
             },
-            Direction::Inbound => SideCaps {
+            Way::Tunnelled | Way::Plain => WayCaps {
                 connections: self.pod_inbound_connections,
                 rate: self.pod_rate.saturating_mul(2),
                 pending: self.pod_pending.saturating_mul(2),
@@ -176,14 +193,14 @@ pub(super) struct Limits {
 #[derive(Debug)]
 pub(super) struct Share {
     limits: Arc<Limits>,
-    outbound: Side,
-    inbound: Side,
+    /// By [`Way`].
+    counts: [Counts; Way::ALL.len()],
     buffered: AtomicUsize,
 }
 
-/// What a pod dials, or what comes to it.
+/// What a pod has of one way.
 #[derive(Debug)]
-struct Side {
+struct Counts {
     open: AtomicUsize,
     pending: AtomicUsize,
     arrivals: Bucket,
@@ -195,12 +212,12 @@ struct Side {
 #[derive(Debug)]
 pub(super) struct Permit {
     share: Arc<Share>,
-    direction: Direction,
+    way: Way,
 }
 
 /// A connection whose far end is being reached; it counts until this is dropped.
 #[derive(Debug)]
-pub(super) struct Pending<'a>(&'a Side);
+pub(super) struct Pending<'a>(&'a Counts);
 
 /// For `debug limits` and the metrics.
 #[derive(Clone, Debug, Serialize)]
@@ -242,9 +259,9 @@ impl Limits {
         }
         // A new pod is rare, and a good moment to forget those that are gone.
         shares.retain(|_, share| share.strong_count() > 0);
-        let side = |direction| {
-            let rate = self.caps.of(direction).rate;
-            Side {
+        let counts = |way| {
+            let rate = self.caps.of(way).rate;
+            Counts {
                 open: AtomicUsize::new(0),
                 pending: AtomicUsize::new(0),
                 arrivals: Bucket::new(Rate::new(rate, rate), self.started),
@@ -253,8 +270,7 @@ impl Limits {
         };
         let share = Arc::new(Share {
             limits: Arc::clone(self),
-            outbound: side(Direction::Outbound),
-            inbound: side(Direction::Inbound),
+            counts: Way::ALL.map(counts),
             buffered: AtomicUsize::new(0),
         });
         shares.insert(PodUid::clone(uid), Arc::downgrade(&share));
@@ -278,44 +294,30 @@ impl Limits {
 
 impl Share {
     /// Lets a new connection in, or says why not.
-    pub(super) fn admit(
-        self: &Arc<Self>,
-        direction: Direction,
-        now: Instant,
-    ) -> Result<Permit, Refusal> {
+    pub(super) fn admit(self: &Arc<Self>, way: Way, now: Instant) -> Result<Permit, Refusal> {
         // The permit gives back what it counted when it is dropped on the way.
         let permit = Permit {
             share: Arc::clone(self),
-            direction,
+            way,
         };
-        let side = self.side(direction);
-        let caps = self.limits.caps.of(direction);
+        let counts = &self.counts[way as usize];
+        let caps = self.limits.caps.of(way);
         let most = self.limits.caps.node_connections;
         let node = self.limits.open.fetch_add(1, Ordering::Relaxed);
-        let own = side.open.fetch_add(1, Ordering::Relaxed);
+        let own = counts.open.fetch_add(1, Ordering::Relaxed);
         let over = if own >= caps.connections {
             Over::Connections
         } else if node >= most {
             Over::Node
-        } else if side.pending.load(Ordering::Relaxed) >= caps.pending {
+        } else if counts.pending.load(Ordering::Relaxed) >= caps.pending {
             Over::Pending
-        } else if !side.arrivals.take(now) {
+        } else if !counts.arrivals.take(now) {
             Over::Rate
         } else {
             return Ok(permit);
         };
-        side.refused[over as usize].fetch_add(1, Ordering::Relaxed);
-        Err(Refusal::new(
-            over.reason(direction),
-            over.sentence(&caps, most),
-        ))
-    }
-
-    fn side(&self, direction: Direction) -> &Side {
-        match direction {
-            Direction::Outbound => &self.outbound,
-            Direction::Inbound => &self.inbound,
-        }
+        counts.refused[over as usize].fetch_add(1, Ordering::Relaxed);
+        Err(Refusal::new(over.reason(way), over.sentence(&caps, most)))
     }
 
     /// How much one read may take.
@@ -353,21 +355,24 @@ impl Share {
     }
 
     fn status(&self) -> ShareStatus {
-        let sides = [Direction::Outbound, Direction::Inbound];
-        let refused = sides.into_iter().flat_map(|direction| {
-            let side = self.side(direction);
-            Over::ALL.into_iter().filter_map(move |over| {
-                let count = side.refused[over as usize].load(Ordering::Relaxed);
-                (count > 0).then(|| (over.reason(direction).word(), count))
-            })
-        });
-        let pending = |side: &Side| side.pending.load(Ordering::Relaxed);
+        let of = |way: Way| &self.counts[way as usize];
+        let open = |way| of(way).open.load(Ordering::Relaxed);
+        let pending = Way::ALL.map(|way| of(way).pending.load(Ordering::Relaxed));
+        let mut refused: BTreeMap<&'static str, u64> = BTreeMap::new();
+        for way in Way::ALL {
+            for over in Over::ALL {
+                let count = of(way).refused[over as usize].load(Ordering::Relaxed);
+                if count > 0 {
+                    *refused.entry(over.reason(way).word()).or_default() += count;
+                }
+            }
+        }
         ShareStatus {
-            dialled: self.outbound.open.load(Ordering::Relaxed),
-            came: self.inbound.open.load(Ordering::Relaxed),
-            pending: pending(&self.outbound) + pending(&self.inbound),
+            dialled: open(Way::Dialled),
+            came: open(Way::Tunnelled) + open(Way::Plain),
+            pending: pending.iter().sum(),
             buffered_bytes: self.buffered.load(Ordering::Relaxed),
-            refused: refused.collect(),
+            refused: refused.into_iter().collect(),
         }
     }
 }
@@ -379,16 +384,16 @@ impl Permit {
 
     /// Counts among the pending until what this returns is dropped.
     pub(super) fn pending(&self) -> Pending<'_> {
-        let side = self.share.side(self.direction);
-        side.pending.fetch_add(1, Ordering::Relaxed);
-        Pending(side)
+        let counts = &self.share.counts[self.way as usize];
+        counts.pending.fetch_add(1, Ordering::Relaxed);
+        Pending(counts)
     }
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        let side = self.share.side(self.direction);
-        side.open.fetch_sub(1, Ordering::Relaxed);
+        let counts = &self.share.counts[self.way as usize];
+        counts.open.fetch_sub(1, Ordering::Relaxed);
         self.share.limits.open.fetch_sub(1, Ordering::Relaxed);
     }
 }
@@ -429,15 +434,15 @@ mod tests {
         let now = Instant::now();
         let (greedy, modest) = (pod(&limits, "greedy"), pod(&limits, "modest"));
         let mut held: Vec<_> = (0..3)
-            .map(|_| greedy.admit(Direction::Outbound, now).unwrap())
+            .map(|_| greedy.admit(Way::Dialled, now).unwrap())
             .collect();
         assert_eq!(
-            greedy.admit(Direction::Outbound, now).unwrap_err().reason,
+            greedy.admit(Way::Dialled, now).unwrap_err().reason,
             Reason::PodConnections
         );
-        let neighbour = modest.admit(Direction::Outbound, now).unwrap();
+        let neighbour = modest.admit(Way::Dialled, now).unwrap();
         held.pop();
-        held.push(greedy.admit(Direction::Outbound, now).unwrap());
+        held.push(greedy.admit(Way::Dialled, now).unwrap());
         assert_eq!(limits.status().connections, 4);
         drop((held, neighbour));
         assert_eq!(limits.status().connections, 0);
@@ -452,15 +457,16 @@ mod tests {
         let now = Instant::now();
         let pod = pod(&limits, "a");
         let came: Vec<_> = (0..4)
-            .map(|_| pod.admit(Direction::Inbound, now).unwrap())
+            .map(|_| pod.admit(Way::Tunnelled, now).unwrap())
             .collect();
-        let refusal = pod.admit(Direction::Inbound, now).unwrap_err();
+        let refusal = pod.admit(Way::Tunnelled, now).unwrap_err();
         assert_eq!(refusal.reason, Reason::PodInboundConnections);
         assert!(refusal.detail.contains("--pod-inbound-connections"));
-        let dialled = pod.admit(Direction::Outbound, now).unwrap();
+        let dialled = pod.admit(Way::Dialled, now).unwrap();
+        let plain = pod.admit(Way::Plain, now).unwrap();
         let status = pod.status();
-        assert_eq!((status.dialled, status.came), (1, 4));
-        drop((came, dialled));
+        assert_eq!((status.dialled, status.came), (1, 5));
+        drop((came, dialled, plain));
         assert_eq!(limits.status().connections, 0);
     }
 
@@ -471,12 +477,7 @@ mod tests {
         let pods: Vec<_> = ["a", "b", "c"].map(|name| pod(&limits, name)).into();
         let held: Vec<_> = pods
             .iter()
-            .flat_map(|pod| {
-                [
-                    pod.admit(Direction::Outbound, now),
-                    pod.admit(Direction::Outbound, now),
-                ]
-            })
+            .flat_map(|pod| [pod.admit(Way::Dialled, now), pod.admit(Way::Dialled, now)])
             .collect();
         assert_eq!(held.iter().filter(|one| one.is_ok()).count(), 5);
         let last = held.into_iter().next_back().unwrap();
@@ -492,14 +493,14 @@ mod tests {
         let arrive = |at| {
             (0..1000)
                 .filter(|_| {
-                    pod.admit(Direction::Outbound, at)
+                    pod.admit(Way::Dialled, at)
                         .is_ok_and(|permit| permit.share().status().dialled > 0)
                 })
                 .count()
         };
         assert_eq!(arrive(start), 100);
         assert_eq!(
-            pod.admit(Direction::Outbound, start).unwrap_err().reason,
+            pod.admit(Way::Dialled, start).unwrap_err().reason,
             Reason::PodConnectionRate
         );
         assert_eq!(arrive(start + Duration::from_millis(500)), 50);
@@ -511,16 +512,16 @@ mod tests {
         let pod = pod(&limits, "a");
         let now = Instant::now();
         let permits = [
-            pod.admit(Direction::Outbound, now).unwrap(),
-            pod.admit(Direction::Outbound, now).unwrap(),
+            pod.admit(Way::Dialled, now).unwrap(),
+            pod.admit(Way::Dialled, now).unwrap(),
         ];
         let pending = [permits[0].pending(), permits[1].pending()];
         assert_eq!(
-            pod.admit(Direction::Outbound, now).unwrap_err().reason,
+            pod.admit(Way::Dialled, now).unwrap_err().reason,
             Reason::PodPending
         );
         drop(pending);
-        assert!(pod.admit(Direction::Outbound, now).is_ok());
+        assert!(pod.admit(Way::Dialled, now).is_ok());
     }
 
     #[test]
@@ -563,7 +564,7 @@ mod tests {
                 .map(|_| {
                     scope.spawn(|| {
                         (0..100)
-                            .filter_map(|_| pod.admit(Direction::Outbound, now).ok())
+                            .filter_map(|_| pod.admit(Way::Dialled, now).ok())
                             .collect()
                     })
                 })

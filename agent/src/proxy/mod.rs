@@ -71,6 +71,8 @@ pub struct ProxySettings {
     /// Call pods at their own address on the tunnel port instead of their node's agent.
     pub hbone_to_pods: bool,
     pub caps: Caps,
+    /// A tunnel that moves more bytes a second is busy with bulk: new connections get another.
+    pub bulk: u64,
     pub timing: Timing,
 }
 
@@ -113,6 +115,7 @@ impl Default for ProxySettings {
             tunnel_source: None,
             hbone_to_pods: false,
             caps: Caps::default(),
+            bulk: 64 * 1024 * 1024,
             timing: Timing::default(),
         }
     }

@@ -18,7 +18,7 @@ use tokio::net::TcpStream;
 
 use super::{
     authz::{self, Allowed},
-    conns::{Callee, Conn},
+    conns::{Callee, Caller, Conn},
     copy::{Counted, End, Meter, Receive, Shared, SocketPump, StreamPump, Toward},
     limits::Permit,
     reason::Reason,
@@ -33,7 +33,7 @@ use crate::{
     state::{
         Mesh, Workload,
         balance::{self, Affinity},
-        policy::{Client, ClientIdentity},
+        policy::{Client, ClientIdentity, PolicyRef},
         resolve::{Carrier, Destination, Endpoint, ServiceFrontend, resolve},
     },
 };
@@ -128,7 +128,7 @@ async fn establish(
     report: &mut Report,
 ) -> Result<Standing, Refusal> {
     let mesh = thread.mesh();
-    let (peer, target) = (report.record.src_addr, report.record.dst_addr);
+    let (peer, target) = (report.record.src_addr, report.target);
     let Some(caller) = mesh.workloads.get(pod.sockets.uid()) else {
         return Err(Refusal::new(
             Reason::UnknownPod,
@@ -149,23 +149,29 @@ async fn establish(
     }
     let mut tried = Vec::new();
     loop {
-        let hop = match decide(thread, caller, peer, &destination, &tried) {
+        let hop = match decide(thread, &mesh, caller, peer, &destination, &tried) {
             Ok(hop) => hop,
             Err(refused) => {
-                if let Some((endpoint, denied)) = refused.denied.map(|denied| *denied) {
-                    let info = inbound_info(caller, &endpoint, target, None, denied.server.clone());
+                if let Some(callee) = refused.by_callee {
+                    let info = inbound_info(caller, &callee.endpoint, None, callee.server);
                     if let Some(info) = info {
                         thread.recorder.authz(&info, false);
                     }
-                    report.record.dst_workload = endpoint.workload;
+                }
+                if let Some((endpoint, workload)) = refused.toward {
+                    report.record.dst_addr = endpoint;
+                    report.record.dst_workload = workload;
                 }
                 return Err(refused.refusal);
             }
         };
         note(report, caller, &hop);
         match reach(thread, pod, &mesh, caller, report, &hop).await {
-            Ok((far, hbone)) => {
-                report.record.dst_hbone_addr = hbone;
+            Ok((far, tunnel)) => {
+                if let Some(remote) = tunnel {
+                    report.record.dst_addr = remote;
+                    report.record.dst_hbone_addr = Some(hop.endpoint.addr);
+                }
                 return Ok(begin(thread, &mesh, caller, report, &destination, hop, far));
             }
             Err(refusal) => {
@@ -195,22 +201,32 @@ async fn establish(
 /// Why there is no hop.
 struct Refused {
     refusal: Refusal,
-    /// Policy of a pod of this node said so.
-    denied: Option<Box<(Endpoint, authz::Denied)>>,
+    /// What was picked, if it came so far.
+    toward: Option<(SocketAddr, Option<Arc<Workload>>)>,
+    by_callee: Option<Box<ByCallee>>,
+}
+
+/// Policy of a pod of this node said no.
+struct ByCallee {
+    endpoint: Endpoint,
+    server: Option<PolicyRef>,
 }
 
 impl From<Refusal> for Refused {
     fn from(refusal: Refusal) -> Self {
         Self {
             refusal,
-            denied: None,
+            toward: None,
+            by_callee: None,
         }
     }
 }
 
-/// Where next? Asks the balancer and the callee's policy, touches nothing.
+/// Where next? Asks the balancer, the caller's policies and those of a callee on this node; touches
+/// nothing.
 fn decide(
     thread: &Thread,
+    mesh: &Mesh,
     caller: &Workload,
     peer: SocketAddr,
     destination: &Destination,
@@ -234,25 +250,31 @@ fn decide(
             return Err(Refusal::from(Reason::from(*reason)).into());
         }
     };
+    if let Err(refusal) = authz::leaves(caller, endpoint.addr, endpoint.workload.as_deref()) {
+        return Err(Refused {
+            refusal,
+            toward: Some((endpoint.addr, endpoint.workload)),
+            by_callee: None,
+        });
+    }
     let allowed = match (&endpoint.carrier, &endpoint.workload) {
         (Carrier::Local, Some(callee)) => {
             // Proven: the netns whose listener accepted it cannot be forged.
             let client = Client {
                 ip: peer.ip(),
+                pod: Some(caller.uid.clone()),
                 identity: ClientIdentity::Proven(caller.identity.clone()),
             };
-            match authz::decide(callee, &client, endpoint.addr.port()) {
+            match authz::decide(mesh, callee, &client, endpoint.addr.port()) {
                 Ok(allowed) => Some(allowed),
                 Err(denied) => {
-                    let detail = format!(
-                        "{} may not call port {} of {}",
-                        caller.identity,
-                        endpoint.addr.port(),
-                        callee.key
-                    );
                     return Err(Refused {
-                        refusal: Refusal::new(denied.reason, detail),
-                        denied: Some(Box::new((endpoint, denied))),
+                        refusal: denied.refusal,
+                        toward: Some((endpoint.addr, Some(Arc::clone(callee)))),
+                        by_callee: Some(Box::new(ByCallee {
+                            server: denied.server,
+                            endpoint,
+                        })),
                     });
                 }
             }
@@ -288,6 +310,7 @@ fn pick(
 
 fn note(report: &mut Report, caller: &Workload, hop: &Hop) {
     let record = &mut report.record;
+    record.dst_addr = hop.endpoint.addr;
     record.dst_workload = hop.endpoint.workload.clone();
     let proven = match hop.endpoint.carrier {
         Carrier::Local | Carrier::Tunnel { .. } => true,
@@ -358,7 +381,6 @@ fn begin(
     hop: Hop,
     far: Far,
 ) -> Standing {
-    let target = report.record.dst_addr;
     let tls = match hop.endpoint.carrier {
         Carrier::Local => TlsStatus::SameNode,
         Carrier::Tunnel { .. } => TlsStatus::True,
@@ -375,7 +397,8 @@ fn begin(
         peer: hop.endpoint.workload.clone(),
         client_id: report.record.src_identity.clone(),
         server_id: report.record.dst_identity.clone(),
-        target,
+        target: report.target,
+        endpoint: hop.endpoint.addr,
         service,
         tls,
         server: None,
@@ -388,23 +411,22 @@ fn begin(
             uid: workload.uid.clone(),
             client: Client {
                 ip: report.record.src_addr.ip(),
+                pod: Some(caller.uid.clone()),
                 identity: ClientIdentity::Proven(caller.identity.clone()),
             },
             port: hop.endpoint.addr.port(),
         });
-        let endpoint = hop.endpoint.addr;
-        inbound = inbound_info(
-            caller,
-            &hop.endpoint,
-            endpoint,
-            allowed.authz,
-            allowed.server,
-        );
+        inbound = inbound_info(caller, &hop.endpoint, allowed.authz, allowed.server);
         if allowed.audited {
             tracing::info!(client = %caller.identity, callee = %workload.key,
                 "audit: policy would deny this connection");
         }
     }
+    let from = Caller {
+        uid: caller.uid.clone(),
+        endpoint: hop.endpoint.addr,
+        callee: hop.endpoint.workload.as_ref().map(|pod| pod.uid.clone()),
+    };
     let inbound = inbound.map(|info| {
         thread.recorder.authz(&info, true);
         thread.recorder.open(&info)
@@ -417,7 +439,7 @@ fn begin(
             sent: 0,
             received: 0,
         },
-        conn: thread.register(mesh, Some(caller.uid.clone()), callee),
+        conn: thread.register(mesh, Some(from), callee),
         _load: Load::new(thread, hop.endpoint.addr),
     }
 }
@@ -426,9 +448,8 @@ fn begin(
 fn inbound_info(
     caller: &Arc<Workload>,
     endpoint: &Endpoint,
-    target: SocketAddr,
-    authz: Option<crate::state::policy::PolicyRef>,
-    server: Option<crate::state::policy::PolicyRef>,
+    authz: Option<PolicyRef>,
+    server: Option<PolicyRef>,
 ) -> Option<FlowInfo> {
     let callee = endpoint.workload.as_ref()?;
     Some(FlowInfo {
@@ -437,7 +458,8 @@ fn inbound_info(
         peer: Some(Arc::clone(caller)),
         client_id: Some(caller.identity.clone()),
         server_id: Some(callee.identity.clone()),
-        target,
+        target: endpoint.addr,
+        endpoint: endpoint.addr,
         service: None,
         tls: TlsStatus::SameNode,
         server,

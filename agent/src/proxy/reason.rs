@@ -49,6 +49,10 @@ reasons! {
     Network = "network", FORBIDDEN;
     /// The callee's default policy is `deny`.
     DefaultDeny = "default_deny", FORBIDDEN;
+    /// A NetworkPolicy isolates the callee and no rule lets the client in.
+    NetworkPolicyIngress = "network_policy_ingress", FORBIDDEN;
+    /// A NetworkPolicy isolates the caller and no rule lets it go there.
+    NetworkPolicyEgress = "network_policy_egress", FORBIDDEN;
     /// The pod is local and its policy is not known: fail closed.
     NoPolicy = "no_policy", FORBIDDEN;
     /// The address a tunnel claims for its client is not the identity's on that node.

@@ -20,6 +20,8 @@ use crate::{
 /// What is known of a connection so far. On the heap: it lives as long as the connection.
 pub(super) struct Report {
     pub(super) record: Record,
+    /// What was dialled; the record says where it was led.
+    pub(super) target: SocketAddr,
     started: Instant,
 }
 
@@ -66,6 +68,7 @@ impl Report {
                 duration: Duration::ZERO,
                 error: None,
             },
+            target,
             started: Instant::now(),
         })
     }
@@ -101,8 +104,10 @@ impl Report {
                 Outcome::Failure(reason.word())
             }
         };
-        self.record.bytes_sent = meter.sent;
-        self.record.bytes_recv = meter.received;
+        (self.record.bytes_sent, self.record.bytes_recv) = match self.record.direction {
+            Direction::Outbound => (meter.sent, meter.received),
+            Direction::Inbound => (meter.received, meter.sent),
+        };
         for flow in [meter.outbound, meter.inbound].into_iter().flatten() {
             flow.close(outcome);
         }

@@ -25,10 +25,10 @@ use tokio::{
 
 use super::{
     COMMANDS, Caps, ProxySettings, Surroundings, accept,
-    conns::{Callee, Conn, Conns},
+    conns::{Callee, Caller, Conn, Conns},
     copy::{Scratch, Turns},
     inbound,
-    limits::{Bucket, Limits, Rate, Share},
+    limits::{Bucket, Limits, Rate, Share, Way},
     outbound,
     reason::Reason,
     report::{Refusal, Report},
@@ -214,7 +214,7 @@ impl Thread {
     pub(super) fn register(
         &self,
         decided: &Mesh,
-        caller: Option<PodUid>,
+        caller: Option<Caller>,
         callee: Option<Callee>,
     ) -> Rc<Conn> {
         let conn = self.conns.open(caller, callee);
@@ -395,10 +395,14 @@ fn captured(thread: &Rc<Thread>, sockets: Arc<dyn PodSockets>, listeners: PodLis
 fn serve_pod(thread: &Rc<Thread>, pod: &Rc<Pod>, direction: Direction, listener: TcpListener) {
     let thread = Rc::clone(thread);
     let pod = Rc::clone(pod);
+    let way = match direction {
+        Direction::Outbound => Way::Dialled,
+        Direction::Inbound => Way::Plain,
+    };
     spawn_local(async move {
         let serve = |stream: TcpStream, peer: SocketAddr| {
             let peer = canonical(peer);
-            let permit = match pod.share.admit(direction, Instant::now()) {
+            let permit = match pod.share.admit(way, Instant::now()) {
                 Ok(permit) => permit,
                 Err(refusal) => return refuse(&thread, &pod, direction, &stream, peer, &refusal),
             };

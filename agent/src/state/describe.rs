@@ -4,7 +4,7 @@
 use serde::Serialize;
 
 use super::{
-    objects::{DefaultPolicy, IdentityPattern, NetworkMatch},
+    objects::{DefaultPolicy, IdentityPattern},
     policy::{Authorization, Condition, InboundPolicy, ServerPolicy},
 };
 
@@ -59,7 +59,7 @@ fn authorization(authorization: &Authorization) -> String {
 fn condition(condition: &Condition) -> String {
     match condition {
         Condition::Networks(networks) => {
-            let networks: Vec<_> = networks.iter().map(network).collect();
+            let networks: Vec<_> = networks.iter().map(ToString::to_string).collect();
             format!("from {}", networks.join(" or "))
         }
         Condition::Identities(patterns) => {
@@ -67,15 +67,6 @@ fn condition(condition: &Condition) -> String {
             format!("as {}", patterns.join(" or "))
         }
         Condition::Never => "nobody (it refers to something that is not there)".into(),
-    }
-}
-
-fn network(network: &NetworkMatch) -> String {
-    let except: Vec<_> = network.except.iter().map(ToString::to_string).collect();
-    if except.is_empty() {
-        network.cidr.to_string()
-    } else {
-        format!("{} except {}", network.cidr, except.join(", "))
     }
 }
 

@@ -18,6 +18,7 @@ use super::{
     Identity, ObjectKey, PodUid,
     endpoints::Known,
     frontends,
+    network_policy::{self, NetworkPolicies},
     objects::{ContainerPort, Labels, MeshSettings, Objects, OutboundDefault, Owner, Pod, Words},
     policy::InboundPolicy,
     resolve::Frontend,
@@ -41,6 +42,8 @@ pub struct Workload {
     /// Meshed by desired state: labels say so and it is not exempt.
     pub meshed: bool,
     pub labels: Labels,
+    /// Of its namespace.
+    pub namespace_labels: Arc<Labels>,
     pub owner: Option<Owner>,
     pub ports: Vec<ContainerPort>,
     pub skip_inbound: Vec<PortRange>,
@@ -48,6 +51,8 @@ pub struct Workload {
     pub outbound_default: OutboundDefault,
     /// Who may come in. Built for local pods only; `None` elsewhere.
     pub policy: Option<Arc<InboundPolicy>>,
+    /// The NetworkPolicies that select it. Like `policy`, for local pods only.
+    pub network: Option<Arc<NetworkPolicies>>,
 }
 
 /// Everything we know at one moment, indexed.
@@ -95,7 +100,12 @@ impl Mesh {
         let mut problems = Vec::new();
         let (node_addresses, node_of_address) = nodes(objects, &mut problems);
         let node_ips: HashSet<_> = node_addresses.values().flatten().copied().collect();
-        let workloads = workloads(&settings, objects, &mut problems);
+        let own_node = node_addresses.get(&settings.node).into_iter().flatten();
+        let own_node = own_node
+            .filter(|ip| node_of_address.contains_key(*ip))
+            .copied();
+        let network = network_policy::Candidates::build(objects, own_node.collect());
+        let workloads = workloads(&settings, objects, network, &mut problems);
         report_unreachable(&workloads, &node_addresses, &mut problems);
         let (by_ip, ambiguous) = addresses(objects, &workloads, &node_ips, &mut problems);
         let known = Known {
@@ -170,9 +180,10 @@ fn nodes(
     (node_addresses, node_of_address)
 }
 
-fn workloads(
+fn workloads<'a>(
     settings: &MeshSettings,
-    objects: &Objects,
+    objects: &'a Objects,
+    mut network: network_policy::Candidates<'a>,
     problems: &mut Vec<Problem>,
 ) -> HashMap<PodUid, Arc<Workload>> {
     for namespace in objects.namespaces.values() {
@@ -215,7 +226,8 @@ fn workloads(
         }
 
         let local = pod.node.as_ref() == Some(&settings.node);
-        let policy = (local && !pod.host_network).then(|| {
+        let served = local && !pod.host_network;
+        let policy = served.then(|| {
             let default = said.iter().find_map(|words| words.default_inbound_policy);
             let default = default.unwrap_or(settings.default_inbound_policy);
             Arc::new(servers.of_pod(pod, default, problems))
@@ -240,12 +252,14 @@ fn workloads(
             host_network: pod.host_network,
             meshed: asked_for && exempt.is_none(),
             labels: pod.labels.clone(),
+            namespace_labels: network.namespace_labels(&pod.key.namespace),
             owner: pod.owner.clone(),
             ports: pod.ports.clone(),
             skip_inbound: skip(|words| &words.skip_inbound),
             skip_outbound: skip(|words| &words.skip_outbound),
             outbound_default: outbound_default.unwrap_or(settings.outbound_default),
             policy,
+            network: served.then(|| Arc::new(network.of_pod(pod))),
         };
         workloads.insert(Arc::clone(&pod.uid), Arc::new(workload));
     }

@@ -1,6 +1,7 @@
 //! The cluster's objects in plain types: what `k8s::convert` makes of manifests and watches, and
 //! what [`super::Mesh::build`] reads. Nothing here is resolved against anything else yet.
 
+mod network_policies;
 mod policies;
 
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
@@ -10,6 +11,7 @@ use picomesh_common::PortRange;
 
 use super::{ObjectKey, PodUid};
 
+pub use network_policies::*;
 pub use policies::*;
 
 pub type Labels = BTreeMap<Arc<str>, Arc<str>>;
@@ -28,6 +30,7 @@ pub struct Objects {
     pub authorization_policies: BTreeMap<ObjectKey, Arc<AuthorizationPolicy>>,
     pub mesh_tls_authentications: BTreeMap<ObjectKey, Arc<MeshTlsAuthentication>>,
     pub network_authentications: BTreeMap<ObjectKey, Arc<NetworkAuthentication>>,
+    pub network_policies: BTreeMap<ObjectKey, Arc<NetworkPolicy>>,
 }
 
 /// One object of any kind that we read.
@@ -44,6 +47,7 @@ pub enum Object {
     AuthorizationPolicy(AuthorizationPolicy),
     MeshTlsAuthentication(MeshTlsAuthentication),
     NetworkAuthentication(NetworkAuthentication),
+    NetworkPolicy(NetworkPolicy),
 }
 
 impl Object {
@@ -60,6 +64,7 @@ impl Object {
             Self::AuthorizationPolicy(_) => "AuthorizationPolicy",
             Self::MeshTlsAuthentication(_) => "MeshTLSAuthentication",
             Self::NetworkAuthentication(_) => "NetworkAuthentication",
+            Self::NetworkPolicy(_) => "NetworkPolicy",
         }
     }
 
@@ -76,6 +81,7 @@ impl Object {
             Self::AuthorizationPolicy(object) => &object.key,
             Self::MeshTlsAuthentication(object) => &object.key,
             Self::NetworkAuthentication(object) => &object.key,
+            Self::NetworkPolicy(object) => &object.key,
         }
     }
 }
@@ -120,6 +126,10 @@ impl Objects {
             }
             Object::NetworkAuthentication(object) => {
                 self.network_authentications
+                    .insert(object.key.clone(), Arc::new(object));
+            }
+            Object::NetworkPolicy(object) => {
+                self.network_policies
                     .insert(object.key.clone(), Arc::new(object));
             }
         }

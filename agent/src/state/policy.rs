@@ -24,7 +24,7 @@ use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 use ipnet::IpNet;
 
 use super::{
-    Identity,
+    Identity, PodUid,
     objects::{DefaultPolicy, IdentityPattern, NetworkMatch},
 };
 
@@ -76,6 +76,9 @@ pub(super) enum Condition {
 pub struct Client {
     /// The client's own address, as the application will see it.
     pub ip: IpAddr,
+    /// The pod that has this address, unless the client has proven to be another. For
+    /// [`super::network_policy`]; the mesh's policy asks for the identity.
+    pub pod: Option<PodUid>,
     pub identity: ClientIdentity,
 }
 

@@ -6,7 +6,7 @@ mod devices;
 mod pods;
 mod world;
 
-use libtest_mimic::{Completion, Failed, Trial};
+use libtest_mimic::{Completion, Trial};
 
 type Test = (&'static str, fn() -> anyhow::Result<()>);
 
@@ -19,9 +19,7 @@ pub(crate) fn trials(missing: Option<&str>) -> Vec<Trial> {
             let missing = missing.map(str::to_owned);
             Trial::ignorable_test(format!("datapath::{name}"), move || match missing {
                 Some(reason) => Ok(Completion::ignored_with(reason)),
-                None => test()
-                    .map(|()| Completion::Completed)
-                    .map_err(|error| Failed::from(format!("{error:#}"))),
+                None => crate::completion(test()),
             })
         })
         .collect()

@@ -4,6 +4,7 @@ use std::{
     collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
+    process::Command,
     time::{Duration, Instant},
 };
 
@@ -110,6 +111,45 @@ pub(super) fn sigterm_lets_connections_finish_and_leaves_everything_pinned() -> 
     ensure!(!waiting.is_over(), "without an agent a connection passes");
     start_again(&mut ground, 0)?;
     waiting.succeeds()
+}
+
+pub(super) fn out_of_descriptors_an_agent_waits_and_goes_on() -> Result<()> {
+    const SHORTAGE: Duration = Duration::from_secs(3);
+    let mut ground = Ground::new()?;
+    let _server = Server::start(ground.far.netns(), PORT, Habit::Echo)?;
+    ground.mesh()?;
+    let to = ground.far.at(PORT);
+    ensure!(served(&ground.near, to), "control: near is not served");
+
+    let agent = ground.agent(0)?.process();
+    // What is open stays open; nothing more can be opened.
+    limit_open_files(agent.pid(), 3)?;
+    let waiting = Waiting::start(&ground.near, &ground.far)?;
+    let before = agent.cpu()?;
+    std::thread::sleep(SHORTAGE);
+    let spent = agent.cpu()?.saturating_sub(before);
+    ensure!(!waiting.is_over(), "it was served without a descriptor");
+    ensure!(spent < SHORTAGE / 10, "waiting took {spent:?} of the CPU");
+
+    limit_open_files(agent.pid(), 512)?;
+    waiting.succeeds()?;
+    ensure!(served(&ground.near, to), "near is not served afterwards");
+    let shortage = [("error", "accept_shortage")];
+    let metrics = ground.agent(0)?.metrics()?;
+    let counted = metrics.sum("outbound_tcp_errors_total", &shortage);
+    // From 5 ms on the pause doubles, up to half a second: for each thread some a second.
+    ensure!((1.0..200.0).contains(&counted), "{counted} were counted");
+    Ok(())
+}
+
+fn limit_open_files(pid: i32, soft: u32) -> Result<()> {
+    let set = Command::new("prlimit")
+        .arg(format!("--pid={pid}"))
+        .arg(format!("--nofile={soft}:"))
+        .status()
+        .context("prlimit")?;
+    ensure!(set.success(), "prlimit: {set}");
+    Ok(())
 }
 
 pub(super) fn cleanup_leaves_no_trace() -> Result<()> {

@@ -44,6 +44,7 @@ fn crowd_beside_another(connections: usize, window: Duration) -> Result<()> {
     let cap = (2 * connections).to_string();
     let options = AgentOptions::default()
         .arg("--pod-connections", &cap)
+        .arg("--pod-inbound-connections", &cap)
         .arg("--node-connections", &cap);
     ground.mesh_with(&options)?;
     let to = ground.far.at(PORT);

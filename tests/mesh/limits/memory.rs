@@ -85,7 +85,11 @@ fn burst(connections: usize) -> Result<()> {
     allow_files(2 * connections as u64 + 1_000)?;
     let mut ground = Ground::new()?;
     let _server = Server::start(ground.far.netns(), PORT, Habit::Echo)?;
-    ground.mesh()?;
+    let cap = (2 * connections).to_string();
+    let options = AgentOptions::default()
+        .arg("--pod-connections", &cap)
+        .arg("--pod-inbound-connections", &cap);
+    ground.mesh_with(&options)?;
     // Not of a start, but of an agent that has worked.
     let few = open(&ground.near, ground.far.at(PORT), 10)?;
     drop(few);

@@ -137,7 +137,9 @@ fn mesh(world: &World, binary: Option<&Path>, pods: &[&Pod]) -> Result<Vec<Agent
         binary: binary.map(Path::to_owned),
         ..AgentOptions::default()
     }
-    // One pod makes all the load here; a variable, because older agents know no such flag.
+    // One pod makes all the load here; variables, because older agents know no such flags.
+    .env("PICOMESH_POD_CONNECTIONS", "100000")
+    .env("PICOMESH_POD_INBOUND_CONNECTIONS", "100000")
     .env("PICOMESH_POD_CONNECTION_RATE", "1000000");
     let agents = world
         .nodes()

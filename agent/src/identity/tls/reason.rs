@@ -1,4 +1,4 @@
-//! One fixed word for each way a handshake fails.
+//! One fixed word for each way a handshake fails, and a sentence for people.
 //!
 //! `proxy` writes it into metrics and the access log, `manager` and `ca` into their errors. Words
 //! that begin with `refused_` are what the other side said of us.
@@ -26,6 +26,46 @@ pub fn handshake_reason(error: &io::Error) -> &'static str {
         io::ErrorKind::TimedOut => "timeout",
         _ => "io",
     }
+}
+
+/// What was wrong with a handshake, for people: rustls' own words show our types' insides.
+pub fn handshake_sentence(error: &io::Error) -> String {
+    let tls = error.get_ref().and_then(|inner| inner.downcast_ref());
+    tls.and_then(certificate_sentence)
+        .unwrap_or_else(|| error.to_string())
+}
+
+/// `None`: rustls says it well enough.
+#[expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "rustls' enums are non-exhaustive; the rest keeps rustls' words"
+)]
+fn certificate_sentence(error: &Error) -> Option<String> {
+    let certificate = match error {
+        Error::InvalidCertificate(why) => why,
+        Error::NoCertificatesPresented => return Some(PeerError::NoCertificate.to_string()),
+        _ => return None,
+    };
+    Some(match certificate {
+        CertificateError::ExpiredContext { time, not_after } => {
+            let ago = time.as_secs().saturating_sub(not_after.as_secs());
+            format!("the peer's certificate ended {ago} s ago; is its clock right, and ours?")
+        }
+        CertificateError::NotValidYetContext { time, not_before } => {
+            let left = not_before.as_secs().saturating_sub(time.as_secs());
+            format!("the peer's certificate begins in {left} s; is its clock right, and ours?")
+        }
+        CertificateError::UnknownIssuer => {
+            "the peer's certificate is of a CA that our trust bundle does not have".into()
+        }
+        CertificateError::BadSignature => {
+            "the peer's certificate is not signed by the CA that it names".into()
+        }
+        CertificateError::Other(OtherError(inner)) => {
+            inner.downcast_ref::<PeerError>()?.to_string()
+        }
+        _ => return None,
+    })
 }
 
 /// The fixed word for a TLS error; see [`handshake_reason`].

@@ -37,8 +37,8 @@ pub struct Capacity {
 /// we share with its pods, an eighth.
 const SHARE_OF_LIMIT: u64 = 2;
 const SHARE_OF_MACHINE: u64 = 8;
-/// What a connection costs when it is idle, with both its sockets in the kernel: generous.
-const PER_CONNECTION: u64 = 32 << 10;
+/// What a connection costs when it is idle, with its sockets in the kernel: generous.
+const PER_CONNECTION: u64 = 16 << 10;
 /// Of our share, buffers may take so much; the rest is for what idle connections cost.
 const SHARE_OF_BUFFERS: u64 = 2;
 /// Descriptors that are not connections': listeners, pins, logs, namespaces.
@@ -101,11 +101,11 @@ impl Caps {
         Self {
             pod_connections: set
                 .pod_connections
-                .unwrap_or(POD_CONNECTIONS.min(node_connections / 4))
+                .unwrap_or(POD_CONNECTIONS.min(node_connections / 6))
                 .max(1),
             pod_inbound_connections: set
                 .pod_inbound_connections
-                .unwrap_or(node_connections / 2)
+                .unwrap_or(node_connections / 3)
                 .max(1),
             pod_rate: set.pod_rate.unwrap_or(POD_RATE),
             pod_pending: set.pod_pending.unwrap_or(POD_PENDING),
@@ -289,24 +289,24 @@ mod tests {
     fn caps_follow_from_what_there_is() {
         // An agent limited to 256 MiB: half of it, half of that for connections.
         let small = caps(Bound::CgroupV2, 256 * MIB, 1 << 20);
-        assert_eq!(small.node_connections, 2048);
-        assert_eq!(small.pod_connections, 512);
-        assert_eq!(small.pod_inbound_connections, 1024);
+        assert_eq!(small.node_connections, 4096);
+        assert_eq!(small.pod_connections, 682);
+        assert_eq!(small.pod_inbound_connections, 1365);
         assert_eq!(small.node_buffers, 64 << 20);
         assert_eq!(small.pod_buffers, 16 << 20);
         // A board of 8 GiB that limits nothing.
         let board = caps(Bound::Machine, 8192 * MIB, 1 << 20);
-        assert_eq!(board.node_connections, 16_384);
+        assert_eq!(board.node_connections, 32_768);
         assert_eq!(board.pod_connections, 4096);
         assert_eq!(board.pod_buffers, 64 << 20);
         // Few descriptors.
         let few = caps(Bound::Machine, 8192 * MIB, 4096);
         assert_eq!(few.node_connections, 1792);
-        assert_eq!(few.pod_connections, 448);
+        assert_eq!(few.pod_connections, 298);
         // Hardly anything at all still serves somebody.
         let none = caps(Bound::CgroupV1, MIB, 64);
         assert_eq!(none.node_connections, 256);
-        assert_eq!(none.pod_connections, 64);
+        assert_eq!(none.pod_connections, 42);
     }
 
     #[test]

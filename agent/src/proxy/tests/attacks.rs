@@ -14,18 +14,20 @@ use tokio_rustls::TlsConnector;
 use super::world::*;
 use crate::{identity::server_name, proxy::reason::HEADER};
 
-/// A hand-made tunnel from `from` (an address) as `source` to `server`, with one CONNECT.
-struct Attack<'a> {
-    from: &'a str,
-    source: &'a str,
-    server: &'a str,
-    target: &'a str,
-    client: Option<&'a str>,
+/// A hand-made tunnel from `from` to `to` (addresses) as `source` to `server`, with one CONNECT.
+#[derive(Clone, Copy)]
+pub(super) struct Attack<'a> {
+    pub(super) from: &'a str,
+    pub(super) to: &'a str,
+    pub(super) source: &'a str,
+    pub(super) server: &'a str,
+    pub(super) target: &'a str,
+    pub(super) client: Option<&'a str>,
 }
 
 impl Attack<'_> {
     /// Status and reason of the answer; 0 if the tunnel itself was refused.
-    async fn run(&self, world: &World) -> (u16, String) {
+    pub(super) async fn run(&self, world: &World) -> (u16, String) {
         let (source, server) = (identity(self.source), identity(self.server));
         let config = world
             .one
@@ -34,7 +36,7 @@ impl Attack<'_> {
             .unwrap();
         let socket = TcpSocket::new_v4().unwrap();
         socket.bind(at(self.from, 0)).unwrap();
-        let tcp = socket.connect(at(NODE_2, 15008)).await.unwrap();
+        let tcp = socket.connect(at(self.to, 15008)).await.unwrap();
         let name = server_name(&server);
         let Ok(tls) = TlsConnector::from(config).connect(name, tcp).await else {
             return (0, String::new());
@@ -61,8 +63,9 @@ impl Attack<'_> {
     }
 }
 
-const HONEST: Attack<'static> = Attack {
+pub(super) const HONEST: Attack<'static> = Attack {
     from: NODE_1,
+    to: NODE_2,
     source: "caller",
     server: "callee",
     target: "10.9.2.1:8080",

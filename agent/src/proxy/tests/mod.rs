@@ -6,6 +6,8 @@
 mod attacks;
 mod ends;
 mod floods;
+mod network_policy;
 mod policy;
 mod relay;
+mod tunnels;
 mod world;

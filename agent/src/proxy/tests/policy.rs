@@ -11,7 +11,7 @@ use tokio::{
 use super::world::*;
 use crate::state::objects::DefaultPolicy;
 
-async fn expect_reset(stream: &mut TcpStream, patience: Duration) {
+pub(super) async fn expect_reset(stream: &mut TcpStream, patience: Duration) {
     let mut byte = [0];
     let read = timeout(patience, stream.read(&mut byte))
         .await
@@ -80,7 +80,11 @@ fn a_denied_connection_never_reaches_the_application() {
         // The caller's agent can say why, although the callee's decided.
         world
             .one
-            .logged(&["outbound", "default_deny", &at(SERVICE, 80).to_string()])
+            .logged(&[
+                "outbound",
+                "default_deny",
+                &format!("dst.hbone_addr={}", at(CALLEE, PORT)),
+            ])
             .await;
         world.two.logged(&["inbound", "default_deny"]).await;
         world

@@ -27,10 +27,8 @@ fn a_service_on_another_node_is_reached_through_a_tunnel() {
     world(|world| async move {
         world.capture_all().await;
         let server = tokio::spawn(echo_once(world.serve(at(CALLEE, PORT))));
-        assert_eq!(
-            ask(CALLER, at(SERVICE, 80)).await,
-            format!("{CALLER} said hello")
-        );
+        let answer = ask(CALLER, at(SERVICE, 80)).await;
+        assert_eq!(answer, format!("{CALLER} said hello"));
         server.await.unwrap();
         let (caller, callee) = (
             identity("caller").to_string(),
@@ -42,13 +40,21 @@ fn a_service_on_another_node_is_reached_through_a_tunnel() {
                 &caller,
                 &callee,
                 "outbound",
-                "bytes_sent=5",
-                &at(NODE_2, 15008).to_string(),
+                &format!("dst.addr={}", at(NODE_2, 15008)),
+                &format!("dst.hbone_addr={}", at(CALLEE, PORT)),
+                &format!("bytes_sent=5 bytes_recv={}", answer.len()),
             ])
             .await;
         world
             .two
-            .logged(&[&caller, &callee, "inbound", "bytes_sent=5"])
+            .logged(&[
+                &caller,
+                &callee,
+                "inbound",
+                &format!("dst.addr={}", at(NODE_2, 15008)),
+                &format!("dst.hbone_addr={}", at(CALLEE, PORT)),
+                &format!("bytes_sent={} bytes_recv=5", answer.len()),
+            ])
             .await;
         world
             .one

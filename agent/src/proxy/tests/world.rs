@@ -22,7 +22,7 @@ use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::{
-    access_log::{AccessLog, Format},
+    access_log::{AccessLog, Format, Style},
     datapath::{PodEvent, PodListeners, PodSockets, Source},
     identity::{Identities, ca::LocalCa, clock::SystemClock, manager},
     metrics::{Metrics, MetricsSettings},
@@ -234,8 +234,8 @@ pub(super) struct World {
     pub(super) two: Agent,
     pub(super) objects: Objects,
     inner: Arc<std::fs::File>,
-    /// Ends the certificate manager's task with the world.
-    _ca: tempfile::TempDir,
+    /// Both agents' authority.
+    pub(super) ca: tempfile::TempDir,
 }
 
 struct Lines(Arc<Mutex<Vec<u8>>>);
@@ -270,7 +270,7 @@ impl World {
             two,
             objects,
             inner,
-            _ca: ca,
+            ca,
         }
     }
 
@@ -417,7 +417,11 @@ async fn agent(
         ..MetricsSettings::default()
     });
     let lines = Arc::new(Mutex::new(Vec::new()));
-    let log = AccessLog::start(Format::Text, Lines(Arc::clone(&lines))).unwrap();
+    let style = Style {
+        format: Format::Text,
+        cluster_domain: "cluster.local".into(),
+    };
+    let log = AccessLog::start(style, Lines(Arc::clone(&lines))).unwrap();
     let mut proxy = ProxySettings {
         threads: 2,
         tunnel_listen: vec![at(node, 15008)],

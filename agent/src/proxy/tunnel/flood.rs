@@ -105,6 +105,8 @@ struct Scan {
     kind: Kind,
     /// A header block has begun and not ended.
     block: bool,
+    /// Frames so far; the pieces of a header block are one.
+    begun: u64,
     /// By [`Kind`].
     buckets: [Bucket; 8],
 }
@@ -127,6 +129,7 @@ impl Scan {
             rest: preface,
             kind: Kind::Data,
             block: false,
+            begun: 0,
             buckets: kinds.map(|kind| Bucket::new(kind.rate(), now)),
         }
     }
@@ -152,6 +155,9 @@ impl Scan {
         let [a, b, c, kind, flags, ..] = self.head;
         self.rest = usize::from(a) << 16 | usize::from(b) << 8 | usize::from(c);
         self.kind = Kind::of(kind);
+        if self.kind != Kind::Continuation {
+            self.begun += 1;
+        }
         match self.kind {
             Kind::Headers | Kind::Continuation => self.block = flags & END_HEADERS == 0,
             Kind::Data | Kind::Reset | Kind::Settings | Kind::Ping | Kind::Window | Kind::Other => {
@@ -176,8 +182,8 @@ pub(super) struct Guard<S> {
     cut: Cut,
     /// How long something may stay unfinished.
     patience: Duration,
-    /// Runs while something is.
-    unfinished: Option<Pin<Box<Sleep>>>,
+    /// Runs while something is, with what it was.
+    unfinished: Option<(u64, Pin<Box<Sleep>>)>,
 }
 
 impl<S> Guard<S> {
@@ -213,11 +219,15 @@ impl<S> Guard<S> {
             self.unfinished = None;
             return Poll::Pending;
         }
-        let patience = self.patience;
-        let unfinished = self
-            .unfinished
-            .get_or_insert_with(|| Box::pin(tokio::time::sleep(patience)));
-        unfinished.as_mut().poll(cx)
+        // A busy peer's reads may end within a frame time after time: not within the same.
+        if self.unfinished.as_ref().map(|(begun, _)| *begun) != Some(self.scan.begun) {
+            let sleep = Box::pin(tokio::time::sleep(self.patience));
+            self.unfinished = Some((self.scan.begun, sleep));
+        }
+        match &mut self.unfinished {
+            Some((_, sleep)) => sleep.as_mut().poll(cx),
+            None => Poll::Pending,
+        }
     }
 }
 
@@ -424,6 +434,23 @@ mod tests {
         .await;
         assert!(read.is_err());
         assert_eq!(cut, Some(Reason::SlowFrames));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn frames_that_each_come_in_two_reads_are_no_offence() {
+        let second = Duration::from_secs(1);
+        let (read, cut) = guarded(5 * second, async |far| {
+            let one = frame(8, 0, &[0, 0, 0, 1]);
+            far.write_all(&one[..5]).await.unwrap();
+            for _ in 0..30 {
+                tokio::time::sleep(second).await;
+                far.write_all(&one[5..]).await.unwrap();
+                far.write_all(&one[..5]).await.unwrap();
+            }
+        })
+        .await;
+        assert_eq!(read.unwrap(), 30 * 13 + 5);
+        assert_eq!(cut, None);
     }
 
     #[tokio::test(start_paused = true)]

@@ -35,7 +35,8 @@ pub struct TunnelStatus {
     pub streams: usize,
     /// Payload of both directions.
     pub bytes: u64,
-    pub age: Duration,
+    /// Since it was opened.
+    pub seconds: u64,
     /// No new streams: the peer or we said goodbye, or the certificate was renewed.
     pub retiring: bool,
 }
@@ -74,8 +75,8 @@ impl Tunnels {
         }
     }
 
-    /// Says goodbye to tunnels that nobody has used for so long, and cuts those whose peer does not
-    /// answer a goodbye.
+    /// Says goodbye to tunnels that nobody has used for so long, and to clients whose certificate
+    /// is over: their open streams finish. Cuts those whose peer does not answer a goodbye.
     pub(super) fn tidy(&self, idle: Duration, patience: Duration) {
         for tunnel in self.open.borrow().iter() {
             tunnel.tidy(idle, patience);

@@ -4,7 +4,7 @@
 //! travels in a tunnel of another identity. Each thread opens its own, so there is at least one per
 //! core and peer, and another when those there are full or busy with bulk. A tunnel retires, that
 //! is takes no new streams and ends with its last one, when the peer says goodbye (GOAWAY), when it
-//! was idle, or when the certificate it was opened with has been replaced.
+//! was idle, when the certificate it was opened with has been replaced, or when the peer's is over.
 //!
 //! CONNECT does not wait for its answer: the stream is handed out at once and the application's
 //! first bytes leave in the same packet.
@@ -18,7 +18,7 @@ use std::{
     rc::Rc,
     sync::Arc,
     task::{Poll, Waker},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use bytes::Bytes;
@@ -53,8 +53,6 @@ use crate::{
 
 /// Tunnels that one thread opens to one peer because of bulk.
 const MOST_FOR_BULK: usize = 4;
-/// A tunnel that moves more than this is busy with bulk.
-const BULK_PER_SECOND: u64 = 64 * 1024 * 1024;
 /// How often a tunnel's rate and certificate are looked at.
 const LOOK: Duration = Duration::from_millis(500);
 
@@ -135,8 +133,10 @@ pub(in crate::proxy) struct Pool {
 struct Peer {
     tunnels: Vec<Rc<Tunnel>>,
     /// Somebody is opening one; `true` or an error comes when it is done.
-    opening: Option<watch::Receiver<Option<Result<(), Failure>>>>,
+    opening: Option<Opening>,
 }
+
+type Opening = watch::Receiver<Option<Result<(), Failure>>>;
 
 /// Why no tunnel could be opened; many may wait for one attempt.
 #[derive(Clone, Debug)]
@@ -156,6 +156,8 @@ struct Tunnel {
     idle_since: Cell<Instant>,
     moved: Cell<u64>,
     config: Arc<ClientConfig>,
+    /// The end of the peer's certificate.
+    until: SystemTime,
     looked: Cell<Instant>,
     moved_when_looked: Cell<u64>,
     bulk: Cell<bool>,
@@ -204,7 +206,7 @@ impl Pool {
     ) -> Result<Stream, Refusal> {
         // A tunnel that was just opened may be full of others before our turn comes.
         for _ in 0..8 {
-            if let Some(stream) = self.stream(thread, &route.key, client, target) {
+            if let Some(stream) = self.stream(thread, &route, client, target) {
                 return Ok(stream);
             }
             self.one_more(thread, &route)
@@ -221,25 +223,25 @@ impl Pool {
     fn stream(
         &self,
         thread: &Rc<Thread>,
-        key: &Key,
+        route: &Route,
         client: SocketAddr,
         target: SocketAddr,
     ) -> Option<Stream> {
-        let (tunnel, alone) = {
+        let tunnel = {
             let mut peers = self.peers.borrow_mut();
-            let peer = peers.get_mut(key)?;
+            let peer = peers.get_mut(&route.key)?;
             peer.tunnels.retain(|tunnel| tunnel.usable(thread));
             let best = peer
                 .tunnels
                 .iter()
                 .filter(|tunnel| tunnel.has_room())
                 .min_by_key(|tunnel| (tunnel.bulk.get(), tunnel.streams.get()))?;
-            let full_of_bulk = best.bulk.get() && peer.tunnels.len() < MOST_FOR_BULK;
-            (Rc::clone(best), full_of_bulk)
+            let best = Rc::clone(best);
+            if best.bulk.get() && peer.tunnels.len() < MOST_FOR_BULK {
+                peer.opening(thread, route);
+            }
+            best
         };
-        if alone {
-            return None;
-        }
         tunnel.connect(client, target)
     }
 
@@ -248,21 +250,7 @@ impl Pool {
         let mut opening = {
             let mut peers = self.peers.borrow_mut();
             let peer = peers.entry(route.key.clone()).or_default();
-            match &peer.opening {
-                Some(opening) => opening.clone(),
-                None => {
-                    let (done, opening) = watch::channel(None);
-                    peer.opening = Some(opening.clone());
-                    // A task of its own: whoever asked first may go away meanwhile.
-                    let attempt = Attempt {
-                        key: route.key.clone(),
-                        to: route.to.clone(),
-                        from: route.from.clone(),
-                    };
-                    spawn_local(attempt.run(Rc::clone(thread), done));
-                    opening
-                }
-            }
+            peer.opening(thread, route).clone()
         };
         let gone = || Failure {
             reason: Reason::TunnelFailed,
@@ -323,6 +311,23 @@ impl Pool {
     }
 }
 
+impl Peer {
+    /// Another tunnel: the attempt that is under way, or a new one.
+    fn opening(&mut self, thread: &Rc<Thread>, route: &Route) -> &Opening {
+        self.opening.get_or_insert_with(|| {
+            let (done, opening) = watch::channel(None);
+            // A task of its own: whoever asked first may go away meanwhile.
+            let attempt = Attempt {
+                key: route.key.clone(),
+                to: route.to.clone(),
+                from: route.from.clone(),
+            };
+            spawn_local(attempt.run(Rc::clone(thread), done));
+            opening
+        })
+    }
+}
+
 impl Tunnel {
     /// May it take new streams? Looks at its certificate now and then.
     fn usable(&self, thread: &Thread) -> bool {
@@ -335,12 +340,16 @@ impl Tunnel {
         }
         let moved = self.moved.get();
         let rate = (moved - self.moved_when_looked.get()) as f64 / since.as_secs_f64();
-        self.bulk.set(rate > BULK_PER_SECOND as f64);
+        self.bulk.set(rate > thread.settings.bulk as f64);
         self.moved_when_looked.set(moved);
         self.looked.set(Instant::now());
         let current = thread
             .identities
             .client_config(&self.key.source, &self.key.destination);
+        if SystemTime::now() >= self.until {
+            self.retire();
+            return false;
+        }
         // Without a new certificate the old one goes on: what worked goes on working.
         if current.is_ok_and(|config| !Arc::ptr_eq(&config, &self.config)) {
             self.retire();
@@ -395,7 +404,7 @@ impl Tunnel {
             remote: self.remote,
             streams: self.streams.get(),
             bytes: self.moved.get(),
-            age: self.opened.elapsed(),
+            seconds: self.opened.elapsed().as_secs(),
             retiring: self.sender.borrow().is_none(),
         }
     }
@@ -457,7 +466,7 @@ impl Attempt {
         let mut last: Option<Failure> = None;
         for remote in &self.to {
             match self.open_to(thread, *remote, &config).await {
-                Ok((sender, connection, cut)) => {
+                Ok((sender, connection, until, cut)) => {
                     let now = Instant::now();
                     let tunnel = Rc::new(Tunnel {
                         key: self.key.clone(),
@@ -468,6 +477,7 @@ impl Attempt {
                         idle_since: Cell::new(now),
                         moved: Cell::new(0),
                         config,
+                        until,
                         looked: Cell::new(now),
                         moved_when_looked: Cell::new(0),
                         bulk: Cell::new(false),
@@ -495,7 +505,7 @@ impl Attempt {
         thread: &Rc<Thread>,
         remote: SocketAddr,
         config: &Arc<ClientConfig>,
-    ) -> Result<(SendRequest<Bytes>, Connection<Tls, Bytes>, Cut), Failure> {
+    ) -> Result<(SendRequest<Bytes>, Connection<Tls, Bytes>, SystemTime, Cut), Failure> {
         let timing = &thread.settings.timing;
         let fail = |reason: Reason, detail: String| Failure {
             reason,
@@ -521,7 +531,11 @@ impl Attempt {
         let mut tls = match timeout(timing.handshake, handshake).await {
             Ok(Ok(tls)) => tls,
             Ok(Err(error)) => {
-                return Err(fail(handshake_reason(&error), format!("{remote}: {error}")));
+                let sentence = identity::handshake_sentence(&error);
+                return Err(fail(
+                    handshake_reason(&error),
+                    format!("{remote}: {sentence}"),
+                ));
             }
             Err(_) => {
                 let waited = timing.handshake.as_millis();
@@ -541,12 +555,23 @@ impl Attempt {
                 format!("{remote} does not speak h2"),
             ));
         }
+        // It was verified a moment ago, so it is there and can be read.
+        let leaf = session.peer_certificates().and_then(|chain| chain.first());
+        let until = leaf
+            .and_then(|leaf| identity::peer(leaf).ok())
+            .map(|peer| peer.until)
+            .ok_or_else(|| {
+                fail(
+                    Reason::TunnelIdentity,
+                    format!("{remote} has no certificate"),
+                )
+            })?;
         let (guarded, cut) = Guard::client(tls, timing.handshake);
         let (sender, connection) = hbone::client()
             .handshake(guarded)
             .await
             .map_err(|error| fail(Reason::TunnelFailed, format!("{remote}: {error}")))?;
-        Ok((sender, connection, cut))
+        Ok((sender, connection, until, cut))
     }
 }
 

@@ -14,7 +14,7 @@ use std::{
     rc::Rc,
     sync::Arc,
     task::{Poll, Waker},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use bytes::Bytes;
@@ -42,7 +42,7 @@ use crate::{
         authz,
         conns::{Callee, Conn},
         copy::{Counted, Meter, Receive, Shared, StreamPump, Toward, Turns},
-        limits::{Permit, Share as PodShare},
+        limits::{Permit, Share as PodShare, Way},
         reason::{HEADER, Reason},
         report::{Refusal, Report},
         tcp::{self, TcpEnd},
@@ -64,8 +64,9 @@ pub(in crate::proxy) enum Port {
 
 /// One tunnel that somebody opened to us.
 pub(super) struct ServerTunnel {
-    /// Proven by the client's certificate.
+    /// Proven by the client's certificate, as long as that lasts.
     client: Identity,
+    until: SystemTime,
     /// What SNI asked for; we showed its certificate.
     server: Identity,
     /// Where the tunnel comes from, and where it came in.
@@ -94,19 +95,25 @@ impl ServerTunnel {
 
     /// See [`super::Tunnels::tidy`].
     pub(super) fn tidy(&self, idle: Duration, patience: Duration) {
-        if self.streams.get() == 0 {
-            match self.goodbye.get() {
-                None if self.idle_since.get().elapsed() > idle => self.say_goodbye(),
-                Some(said) if said.max(self.idle_since.get()).elapsed() > patience => {
-                    self.abandoned.set(true);
-                    self.wake();
-                }
-                None | Some(_) => {}
+        let unused = self.streams.get() == 0;
+        match self.goodbye.get() {
+            None if self.expired() || (unused && self.idle_since.get().elapsed() > idle) => {
+                self.say_goodbye();
             }
+            Some(said) if unused && said.max(self.idle_since.get()).elapsed() > patience => {
+                self.abandoned.set(true);
+                self.wake();
+            }
+            None | Some(_) => {}
         }
         if self.windows.may_grow() {
             self.wake();
         }
+    }
+
+    /// The client's certificate is over: what it proved counts for nothing new.
+    fn expired(&self) -> bool {
+        SystemTime::now() >= self.until
     }
 
     /// Whoever drives the tunnel has something to do.
@@ -124,7 +131,7 @@ impl ServerTunnel {
             remote: self.remote,
             streams: self.streams.get(),
             bytes: self.moved.get(),
-            age: self.opened.elapsed(),
+            seconds: self.opened.elapsed().as_secs(),
             retiring: self.goodbye.get().is_some(),
         }
     }
@@ -217,7 +224,7 @@ async fn shake_hands(
             .map_err(|error| handshake_failed(&error))?;
         // On the heap from here: who says nothing costs little.
         let (tls, server) = Box::pin(accept_tls(thread, hello, &port)).await?;
-        let client = client_identity(&tls)?;
+        let client = client(&tls)?;
         let (guarded, cut) = Guard::server(tls, thread.settings.timing.handshake);
         let connection = Box::pin(hbone::server().handshake::<_, Bytes>(guarded))
             .await
@@ -237,7 +244,8 @@ async fn shake_hands(
     };
     let now = Instant::now();
     let tunnel = Rc::new(ServerTunnel {
-        client,
+        client: client.identity,
+        until: client.until,
         server,
         remote,
         local,
@@ -299,14 +307,14 @@ async fn accept_tls(
     Ok((tls, identity))
 }
 
-fn client_identity(tls: &TlsStream<Wire>) -> Result<Identity, Refusal> {
+fn client(tls: &TlsStream<Wire>) -> Result<identity::Peer, Refusal> {
     let leaf = tls
         .get_ref()
         .1
         .peer_certificates()
         .and_then(|chain| chain.first())
         .ok_or(Reason::CertificateMissing)?;
-    identity::peer_identity(leaf)
+    identity::peer(leaf)
         .map_err(|error| Refusal::new(Reason::CertificateInvalid, error.to_string()))
 }
 
@@ -333,7 +341,7 @@ fn handshake_failed(error: &io::Error) -> Refusal {
         },
         _ => Reason::HandshakeFailed,
     };
-    Refusal::new(reason, error.to_string())
+    Refusal::new(reason, identity::handshake_sentence(error))
 }
 
 /// Accepts streams until the tunnel ends; an error that ended it is handed back.
@@ -448,19 +456,18 @@ async fn establish(
     report: &mut Report,
 ) -> Result<Standing, Refusal> {
     report.record.src_identity = Some(tunnel.client.clone());
-    report.record.dst_hbone_addr = Some(tunnel.local);
     let target = hbone::target(request)?;
-    report.record.dst_addr = target;
+    report.record.dst_hbone_addr = Some(target);
+    if tunnel.expired() {
+        return Err(Refusal::new(
+            Reason::CertificateExpired,
+            "the certificate that the tunnel was opened with is over",
+        ));
+    }
     let mut mesh = thread.mesh();
     let callee = callee(thread, tunnel, &mesh, target)?;
     report.record.dst_workload = Some(Arc::clone(&callee));
     report.record.dst_identity = Some(callee.identity.clone());
-    let pod = thread.pod(&callee.uid);
-    let share = match &pod {
-        Some(pod) => Arc::clone(&pod.share),
-        None => thread.shared.limits.share(&callee.uid),
-    };
-    let permit = share.admit(Direction::Inbound, Instant::now())?;
 
     let (client_addr, caller) = match &tunnel.pod {
         // ztunnel's way: the TCP connection itself comes from the client.
@@ -487,6 +494,11 @@ async fn establish(
 
     let client = Client {
         ip: client_addr.ip(),
+        // At a pod's own port the address is the peer's and not yet held against its identity.
+        pod: caller
+            .as_ref()
+            .filter(|pod| pod.identity == tunnel.client)
+            .map(|pod| pod.uid.clone()),
         identity: ClientIdentity::Proven(tunnel.client.clone()),
     };
     let mut info = FlowInfo {
@@ -496,12 +508,13 @@ async fn establish(
         client_id: Some(tunnel.client.clone()),
         server_id: Some(callee.identity.clone()),
         target,
+        endpoint: target,
         service: None,
         tls: TlsStatus::True,
         server: None,
         authz: None,
     };
-    match authz::decide(&callee, &client, target.port()) {
+    match authz::decide(&mesh, &callee, &client, target.port()) {
         Ok(allowed) => {
             info.server = allowed.server;
             info.authz = allowed.authz;
@@ -514,16 +527,17 @@ async fn establish(
         Err(denied) => {
             info.server = denied.server;
             thread.recorder.authz(&info, false);
-            let detail = format!(
-                "{} may not call port {} of {}",
-                tunnel.client,
-                target.port(),
-                callee.key
-            );
-            return Err(Refusal::new(denied.reason, detail));
+            return Err(denied.refusal);
         }
     }
 
+    // Last: who may not come in uses up nothing of the pod's.
+    let pod = thread.pod(&callee.uid);
+    let share = match &pod {
+        Some(pod) => Arc::clone(&pod.share),
+        None => thread.shared.limits.share(&callee.uid),
+    };
+    let permit = share.admit(Way::Tunnelled, Instant::now())?;
     let patience = thread.settings.timing.connect;
     let pending = permit.pending();
     let socket = match &pod {

@@ -1,6 +1,6 @@
 //! The objects of `policy.linkerd.io` that decide about connections.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{fmt, net::IpAddr, sync::Arc};
 
 use ipnet::IpNet;
 
@@ -142,6 +142,17 @@ pub struct NetworkMatch {
 impl NetworkMatch {
     pub fn contains(&self, ip: IpAddr) -> bool {
         self.cidr.contains(&ip) && !self.except.iter().any(|hole| hole.contains(&ip))
+    }
+}
+
+impl fmt::Display for NetworkMatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.cidr)?;
+        for (index, hole) in self.except.iter().enumerate() {
+            let before = if index == 0 { " except" } else { "," };
+            write!(f, "{before} {hole}")?;
+        }
+        Ok(())
     }
 }
 

@@ -375,6 +375,7 @@ fn client(text: &str) -> Client {
         }
     };
     Client {
+        pod: None,
         ip: ip.parse().unwrap(),
         identity,
     }
