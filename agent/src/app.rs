@@ -10,6 +10,9 @@
 #![forbid(unsafe_code)]
 
 pub mod desired;
+mod estate;
+mod keeping;
+mod place;
 mod run_dir;
 mod views;
 
@@ -17,17 +20,20 @@ use std::{
     fs::OpenOptions,
     io,
     net::SocketAddr,
-    sync::Arc,
+    sync::{Arc, atomic::AtomicBool},
     time::{Duration, Instant},
 };
 
 use anyhow::Context;
+use futures_util::future::BoxFuture;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use parking_lot::Mutex;
+use picomesh_common::config::LAYOUT;
 use tokio::{
     runtime,
     signal::unix::{Signal, SignalKind, signal},
     sync::{mpsc, oneshot, watch},
-    task::{JoinHandle, spawn_blocking},
+    task::{AbortHandle, JoinHandle, spawn_blocking},
     time::{MissedTickBehavior, interval, sleep},
 };
 use tracing::{error, info, warn};
@@ -38,16 +44,20 @@ use crate::{
     config::{AccessLogTarget, Config},
     datapath::{Datapath, DatapathSettings, Desired},
     drain::{Drain, Drained},
-    identity::{self, Identities},
+    handover::{self, predecessor::Progress},
+    identity::{self, Identities, awaited::AwaitedCa, ca::LocalCa},
     local,
     metrics::{Metrics, MetricsSettings},
-    proxy::{Capacity, Caps, Proxy, ProxySettings, Surroundings},
+    proxy::{Capacity, Caps, Proxy, ProxySettings, Surroundings, TunnelListeners},
     readiness::Readiness,
     state::{Mesh, MeshStore, objects::Objects},
     telemetry::{self, LogFormat, LogLevel},
 };
 
+use estate::{Estate, HeldRunDir};
+use keeping::{Keeper, Known};
 use local::Netns;
+use place::{Heritage, Place};
 
 pub use run_dir::{RunDir, RunDirError};
 
@@ -58,6 +68,9 @@ const TURN: Duration = Duration::from_secs(1);
 const TURN_AT_START: Duration = Duration::from_millis(100);
 /// For what has nothing to do with connections, once those have ended.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+/// A successor that repairs already waits for so long until all is as it should be before it lets
+/// the agent before go.
+const AS_READY: Duration = Duration::from_secs(10);
 
 /// `picomesh-agent run`: until SIGTERM or SIGINT, and the second of them.
 pub fn run(config: Config) -> anyhow::Result<()> {
@@ -77,16 +90,49 @@ pub fn run(config: Config) -> anyhow::Result<()> {
             // What is pinned already stays, as with any other end.
             () = signals.next() => return Ok(()),
         };
-        signals.next().await;
-        tokio::select! {
-            () = agent.end(deadline) => {}
-            () = signals.next() => warn!("asked to end a second time, open connections are cut"),
-        }
+        live(agent, &mut signals, deadline).await;
         anyhow::Ok(())
     });
     // Whatever still blocks a thread (a stuck file system) must not hold up the end.
     runtime.shutdown_background();
     ended
+}
+
+/// Until it is asked to end or a successor serves; then until its connections have ended, or it is
+/// asked a second time.
+async fn live(agent: Agent, signals: &mut Signals, deadline: Duration) {
+    let mut progress = agent.progress.clone();
+    let asked = tokio::select! {
+        () = signals.next() => true,
+        () = reached(&mut progress, |now| now == Progress::Taken) => false,
+    };
+    let underway = *progress.borrow() == Progress::Underway;
+    if asked && underway {
+        info!("asked to end while a successor is coming: it shall have everything first");
+        tokio::select! {
+            () = reached(&mut progress, |now| now != Progress::Underway) => {}
+            () = sleep(deadline) => warn!("the successor is not ready in time"),
+            () = signals.next() => return warn!("asked to end a second time, open connections are cut"),
+        }
+    }
+    tokio::select! {
+        () = agent.end(deadline) => {}
+        () = async {
+            // Who has handed over is ending already: the first signal says nothing new.
+            if !asked {
+                signals.next().await;
+                info!("asked to end, and ending already");
+            }
+            signals.next().await;
+        } => warn!("asked to end a second time, open connections are cut"),
+    }
+}
+
+async fn reached(progress: &mut watch::Receiver<Progress>, far: impl Fn(Progress) -> bool) {
+    if progress.wait_for(|now| far(*now)).await.is_err() {
+        // Nobody hands over any more.
+        std::future::pending::<()>().await;
+    }
 }
 
 /// A running agent.
@@ -103,7 +149,10 @@ pub struct Agent {
     tasks: Vec<JoinHandle<()>>,
     /// Dropping it ends the datapath's loop, and leaves everything pinned.
     desired: Arc<watch::Sender<Desired>>,
-    _run_dir: RunDir,
+    /// How far a successor has come.
+    progress: watch::Receiver<Progress>,
+    /// Held for as long as it is ours.
+    _run_dir: HeldRunDir,
 }
 
 /// Where the agent listens; a configuration may ask for port 0.
@@ -113,7 +162,11 @@ pub struct Bound {
     pub tunnels: Vec<SocketAddr>,
 }
 
-/// Starts everything, in this order. The calling thread must be in the node's network namespace,
+/// Starts everything, in this order. If another agent runs on the same directories, everything that
+/// only we shall have is built first, while that one serves; then it stops repairing, we put our
+/// listeners in the place of its own and serve, and it leaves.
+///
+/// The calling thread must be in the node's network namespace,
 /// and so must be the threads of its runtime.
 pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Result<Agent> {
     info!(
@@ -132,9 +185,19 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
     );
 
     // The lock first: whoever has it may touch sockets and pins of this directory.
-    let run_dir = RunDir::open(&config.run_dir)?;
+    let Place { run_dir, heritage } = Box::pin(Place::take(&config)).await?;
+    let (predecessor, heir) = match heritage {
+        Some(Heritage {
+            predecessor,
+            metrics,
+            tunnels,
+        }) => (Some(predecessor), (metrics, tunnels)),
+        None => (None, (None, Vec::new())),
+    };
+    let (inherited_metrics, inherited_tunnels) = heir;
 
-    // People can look from here on: `/ready` tells what is awaited.
+    // People can look from here on: `/ready` tells what is awaited. With a predecessor it is the
+    // one who answers until we are ready.
     let readiness = Readiness::new();
     let manifests_read = readiness.register("manifests");
     let certificates_held = readiness.register("certificates");
@@ -149,18 +212,27 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
     let (drain, guard) = Drain::new();
     let (last, last_guard) = Drain::new();
     let mut tasks = Vec::new();
-    let http = admin::http::Server::bind(config.metrics_address).with_context(|| {
+    let http = match inherited_metrics {
+        Some(socket) => admin::http::Server::inherit(socket),
+        None => admin::http::Server::bind(config.metrics_address),
+    }
+    .with_context(|| {
         format!(
             "--metrics-address {}: cannot listen; is another agent running?",
             config.metrics_address
         )
     })?;
     let metrics_address = http.address();
+    let metrics_socket = http.socket().context("copying the metrics socket")?;
     let shown = admin::http::Shown {
         metrics: metrics.clone(),
         readiness: readiness.clone(),
     };
-    tasks.push(tokio::spawn(http.serve(shown, guard.clone())));
+    let mut http = Some(http.serve(shown, guard.clone()));
+    let mut accepting = Vec::new();
+    if predecessor.is_none() {
+        accepting.extend(http.take().map(|http| serve(&mut tasks, http)));
+    }
 
     // What we know. Nothing is decided before the manifests were read once: an empty mesh would
     // let pods go that are captured already.
@@ -173,14 +245,17 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
     let mesh_of = (settings.clone(), mesh.clone());
     let (netns_told, netns) = watch::channel(Netns::new());
     let (errors_told, load_errors) = watch::channel(Arc::default());
+    let (texts_told, texts) = watch::channel(Arc::default());
     let outputs = local::Outputs {
         netns: netns_told,
         errors: errors_told,
+        texts: texts_told,
     };
+    let keeper = Keeper::new(&config);
     let (read, was_read) = oneshot::channel::<()>();
     let mut end = guard.clone();
     let mut manifests = tokio::spawn(local::run(
-        config.manifests.clone(),
+        (config.manifests.clone(), keeper.texts()),
         mesh_of.0,
         mesh_of.1,
         outputs,
@@ -207,11 +282,14 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
     // Who we are. Requests for certificates go out now, and are answered while the rest starts.
     let trust_domain = config.mesh.trust_domain.clone();
     let clock: Arc<dyn identity::clock::Clock> = Arc::new(identity::clock::SystemClock);
-    let authority = identity::ca::LocalCa::open(&config.ca_dir, trust_domain.clone(), clock)
-        .with_context(|| format!("--ca-dir {}", config.ca_dir.display()))?;
-    tasks.push(tokio::spawn(authority.clone().watch()));
-    let (identities, manager) =
-        Identities::start(authority, identity::manager::Settings::new(trust_domain))?;
+    let (authority, watch, held) = authority(&config, clock, keeper.known())?;
+    tasks.push(tokio::spawn(watch));
+    let bundle = authority.bundle();
+    let (identities, manager) = Identities::start_with(
+        authority,
+        identity::manager::Settings::new(trust_domain),
+        held,
+    )?;
     tasks.push(manager);
     let mut needed = desired::Identities::default();
     identities.set_wanted(needed.wanted(&mesh.load(), Instant::now()));
@@ -232,13 +310,33 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
             access_log: access_log.clone(),
         },
     );
+    let inherited_tunnels = match inherited_tunnels {
+        none if none.is_empty() => None,
+        some => Some(TunnelListeners::inherit(some).context("the tunnel listeners")?),
+    };
     // Threads are made and tried here, which blocks.
-    let proxy = spawn_blocking(move || Proxy::start(settings_of_proxy, around)).await??;
+    let (proxy, inherited_tunnels) = spawn_blocking(move || {
+        let proxy = match &inherited_tunnels {
+            None => Proxy::start(settings_of_proxy, around),
+            Some(listeners) => Proxy::prepare(settings_of_proxy, around, listeners),
+        };
+        proxy.map(|proxy| (proxy, inherited_tunnels))
+    })
+    .await??;
     let (events, captured) = mpsc::channel(EVENTS);
     let follower = proxy.clone();
     tasks.push(tokio::spawn(async move { follower.follow(captured).await }));
 
-    // The kernel: adopts what is pinned, then captures what is missing.
+    let certified = tokio::spawn(await_certificates(identities.clone(), certificates_held));
+    if let Some(predecessor) = &predecessor {
+        // What it has in hand must not be missed by anybody: certificates, for who speaks next.
+        certified.await?;
+        predecessor.ready().await?;
+        run_dir.sign().context("--run-dir")?;
+    }
+
+    // The kernel: adopts what is pinned, then captures what is missing. From here on nobody else
+    // repairs; each pod's listeners are put in the place of those before in one step.
     let pods = desired::pods(&mesh.load(), &netns.borrow());
     let first = pods.desired.clone();
     let (desired, desired_seen) = watch::channel(pods.desired);
@@ -265,9 +363,13 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
     };
     let shown = Arc::new(shown);
     views::register(&shown, &metrics);
-    let socket = admin::socket::Server::bind(run_dir.path())?;
+    let socket = admin::socket::Server::beside(run_dir.path())?;
+    let callers = handover::predecessor::Server::beside(run_dir.path())?;
     let answers = views::views(&shown, log_level);
-    tasks.push(tokio::spawn(socket.serve(answers, last_guard)));
+    if let Some(listeners) = inherited_tunnels {
+        let accepts = proxy.accept_tunnels(listeners).await;
+        accepts.context("the tunnel listeners")?;
+    }
 
     // From here on the mesh drives everything.
     let changes = mesh.subscribe();
@@ -280,10 +382,6 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
         lost,
         metrics,
     })));
-    tasks.push(tokio::spawn(await_certificates(
-        identities.clone(),
-        certificates_held,
-    )));
     let settling = datapath.clone();
     tasks.push(tokio::spawn(async move {
         while !settling.is_settled() {
@@ -292,6 +390,54 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
         pods_tried.done();
     }));
     tasks.push(tokio::spawn(give_memory_back(readiness.clone(), changes)));
+
+    // The agent before leaves when we are as ready as it was. If we die before we have told it, it
+    // goes on: so its sockets keep their place until then.
+    if let Some(predecessor) = predecessor {
+        let begun = Instant::now();
+        while !readiness.pending().is_empty() && begun.elapsed() < AS_READY {
+            sleep(Duration::from_millis(20)).await;
+        }
+        accepting.extend(http.take().map(|http| serve(&mut tasks, http)));
+        predecessor.taken().await;
+    }
+    socket.move_in()?;
+    callers.move_in()?;
+    accepting.push(serve(&mut tasks, socket.serve(answers, last_guard)));
+
+    // What the next one begins with if its sources are away.
+    let writes = Arc::new(AtomicBool::new(true));
+    tasks.push(tokio::spawn(keeper.keep(
+        texts,
+        identities.clone(),
+        bundle,
+        writes.clone(),
+    )));
+
+    // And one day we leave all this to another.
+    let run_dir: HeldRunDir = Arc::new(Mutex::new(Some(run_dir)));
+    let estate = Estate {
+        run_dir: run_dir.clone(),
+        metrics: Mutex::new(Some((metrics_address, metrics_socket))),
+        proxy: proxy.clone(),
+        datapath,
+        paused: Mutex::new(None),
+        writes,
+        accepting,
+    };
+    let terms = handover::predecessor::Terms {
+        version: env!("CARGO_PKG_VERSION").into(),
+        node: config.mesh.node.to_string(),
+        layout: LAYOUT,
+        drain: config.drain_deadline,
+        patience: handover::predecessor::Patience::default(),
+    };
+    let (progressed, progress) = watch::channel(Progress::Alone);
+    tasks.push(tokio::spawn(callers.serve(
+        terms,
+        Arc::new(estate),
+        progressed,
+    )));
 
     let bound = Bound {
         metrics: metrics_address,
@@ -308,8 +454,57 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
         last,
         tasks,
         desired,
+        progress,
         _run_dir: run_dir,
     })
+}
+
+type Authority = (
+    Arc<dyn identity::Signer>,
+    BoxFuture<'static, ()>,
+    Vec<identity::Held>,
+);
+
+/// The authority, who follows it, and the certificates that an agent before left. One whose
+/// anchors are known is never made anew: a directory that is away must not become another
+/// authority.
+fn authority(
+    config: &Config,
+    clock: Arc<dyn identity::clock::Clock>,
+    known: Option<Known>,
+) -> anyhow::Result<Authority> {
+    let trust_domain = config.mesh.trust_domain.clone();
+    let dir = &config.ca_dir;
+    let Some(Known { bundle, held }) = known else {
+        let authority = LocalCa::open(dir, trust_domain, clock)
+            .with_context(|| format!("--ca-dir {}", dir.display()))?;
+        return Ok((authority.clone(), Box::pin(authority.watch()), Vec::new()));
+    };
+    match LocalCa::open_existing(dir, trust_domain.clone(), clock.clone()) {
+        Ok(authority) => Ok((authority.clone(), Box::pin(authority.watch()), held)),
+        Err(error) => {
+            warn!(%error, "--ca-dir: serving with the certificates of the agent before until it \
+                   can be read");
+            let place = identity::awaited::Place {
+                dir: dir.clone(),
+                trust_domain,
+                clock,
+            };
+            let awaited = AwaitedCa::new(place, bundle);
+            Ok((awaited.clone(), Box::pin(awaited.watch()), held))
+        }
+    }
+}
+
+/// Runs one that accepts connections; it can be ended alone.
+fn serve(
+    tasks: &mut Vec<JoinHandle<()>>,
+    server: impl Future<Output = ()> + Send + 'static,
+) -> AbortHandle {
+    let task = tokio::spawn(server);
+    let handle = task.abort_handle();
+    tasks.push(task);
+    handle
 }
 
 impl Agent {

@@ -9,6 +9,7 @@
 //! 4. [`datapath`] tells the kernel: programs, devices, listeners, sockets in pods.
 //! 5. [`proxy`] lives a connection's story.
 //! 6. [`metrics`], [`access_log`], [`admin`] show what happened.
+//! 7. [`handover`] leaves all that to the next agent.
 pub mod access_log;
 pub mod admin;
 pub mod allocator;
@@ -16,12 +17,14 @@ pub mod app;
 pub mod config;
 pub mod datapath;
 pub mod drain;
+pub mod handover;
 pub mod identity;
 pub mod k8s;
 pub mod local;
 pub mod metrics;
 pub mod proxy;
 pub mod readiness;
+pub mod snapshot;
 pub mod state;
 pub mod telemetry;
 #[cfg(any(test, feature = "testing"))]

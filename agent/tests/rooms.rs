@@ -14,6 +14,8 @@ use std::{
 const MAY_KNOW: &[(&str, &[&str])] = &[
     ("state", &["state"]),
     ("drain", &[]),
+    ("handover", &["handover"]),
+    ("snapshot", &["snapshot"]),
     ("readiness", &[]),
     ("telemetry", &[]),
     ("k8s", &["k8s", "state"]),
@@ -45,7 +47,7 @@ const ONLY_IN: &[(&str, &[&str])] = &[
     ("rcgen::", &["identity", "testing"]),
     ("h2::", &["proxy"]),
     ("prometheus::", &["metrics"]),
-    ("unsafe {", &["datapath", "proxy", "allocator"]),
+    ("unsafe {", &["datapath", "proxy", "allocator", "handover"]),
 ];
 
 /// What `state` must not have: no async, no IO, no clock. The store publishes, and may wake.

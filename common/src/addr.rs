@@ -22,6 +22,14 @@ impl Addr {
     pub const fn v6(ip: [u8; 16]) -> Self {
         Self(ip)
     }
+
+    /// Is it an IPv4 address? All twelve bytes before it tell: others of `::/16` end like one.
+    #[inline(always)]
+    pub const fn is_v4(&self) -> bool {
+        let [a, b, c, d, e, f, g, h, i, j, k, l, ..] = self.0;
+        u64::from_ne_bytes([a, b, c, d, e, f, g, h]) == 0
+            && u32::from_be_bytes([i, j, k, l]) == 0xffff
+    }
 }
 
 impl From<Ipv4Addr> for Addr {

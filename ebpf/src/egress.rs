@@ -185,7 +185,6 @@ pub(crate) fn contains(ranges: &[PortRange], port: [u8; 2]) -> bool {
 #[inline(always)]
 pub(crate) fn is_link_local(addr: &Addr) -> bool {
     let bytes = &addr.0;
-    let mapped = bytes[10] == 0xff && bytes[11] == 0xff && bytes[0] == 0 && bytes[1] == 0;
     (bytes[0] == 0xfe && bytes[1] & 0xc0 == 0x80)
-        || (mapped && bytes[12] == 169 && bytes[13] == 254)
+        || (addr.is_v4() && bytes[12] == 169 && bytes[13] == 254)
 }

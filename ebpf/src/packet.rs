@@ -15,6 +15,9 @@ use picomesh_common::{
 pub(crate) trait Bytes {
     /// `None`: the packet ends before.
     fn load<const N: usize>(&self, offset: usize) -> Option<[u8; N]>;
+
+    /// Of the whole packet.
+    fn length(&self) -> usize;
 }
 
 pub(crate) enum Packet {
@@ -120,7 +123,7 @@ fn parse_v6(bytes: &impl Bytes, l2_len: usize) -> Result<Packet, Counter> {
     let mut next = ip[6];
     let mut offset = l2_len + 40;
     let mut fragmented = false;
-    for _ in 0..=MAX_EXTENSIONS {
+    for walked in 0..=MAX_EXTENSIONS {
         if next == TCP {
             if fragmented {
                 return Err(Counter::Fragment);
@@ -131,6 +134,9 @@ fn parse_v6(bytes: &impl Bytes, l2_len: usize) -> Result<Packet, Counter> {
             return Ok(Packet::NotTcp);
         }
         let head: [u8; 4] = bytes.load(offset).ok_or(Counter::BadHeader)?;
+        if walked == MAX_EXTENSIONS {
+            break;
+        }
         let length = if next == FRAGMENT {
             fragmented = true;
             // In a later fragment the chain's rest lies in the first one. Its next header tells
@@ -174,7 +180,8 @@ fn parse_tcp(
 ) -> Result<Packet, Counter> {
     let tcp: [u8; 14] = bytes.load(offset).ok_or(Counter::BadHeader)?;
     let header_len = usize::from(tcp[12] >> 4) * 4;
-    if header_len < 20 {
+    // One that reaches beyond the end would make a payload look like none.
+    if header_len < 20 || offset + header_len > bytes.length() {
         return Err(Counter::BadHeader);
     }
     Ok(Packet::Tcp(Segment {
@@ -232,7 +239,7 @@ mod tests {
     #[test]
     fn what_ends_early_or_lies_about_itself_is_refused() {
         let whole = v4(4, TCP, 0);
-        for length in 14..14 + 24 + 14 {
+        for length in 14..14 + 24 + 20 {
             let cut = parse(&&whole[..length], ETHERTYPE_IPV4, 14);
             assert_eq!(error(cut), Counter::BadHeader, "{length}");
         }
@@ -247,12 +254,15 @@ mod tests {
             error(parse(&lying.as_slice(), ETHERTYPE_IPV4, 14)),
             Counter::BadHeader
         );
-        let mut short_tcp = v4(0, TCP, 0);
-        short_tcp[14 + 20 + 12] = 0x40;
-        assert_eq!(
-            error(parse(&short_tcp.as_slice(), ETHERTYPE_IPV4, 14)),
-            Counter::BadHeader
-        );
+        // Shorter than a header can be, and longer than the packet is.
+        for words in [0x40, 0x60, 0xf0] {
+            let mut lying_tcp = v4(0, TCP, 0);
+            lying_tcp[14 + 20 + 12] = words;
+            assert_eq!(
+                error(parse(&lying_tcp.as_slice(), ETHERTYPE_IPV4, 14)),
+                Counter::BadHeader
+            );
+        }
     }
 
     #[test]
@@ -282,6 +292,13 @@ mod tests {
         let chain = vec![HOP_BY_HOP; MAX_EXTENSIONS + 1];
         let refused = parse(&v6(&chain, TCP).as_slice(), ETHERTYPE_IPV6, 14);
         assert_eq!(error(refused), Counter::TooManyExtensions);
+        // What is one too many is not looked into, whatever it is.
+        let mut chain = vec![HOP_BY_HOP; MAX_EXTENSIONS];
+        chain.push(FRAGMENT);
+        for last in [TCP, 17] {
+            let refused = parse(&v6(&chain, last).as_slice(), ETHERTYPE_IPV6, 14);
+            assert_eq!(error(refused), Counter::TooManyExtensions);
+        }
         let mixed = [HOP_BY_HOP, ROUTING, AUTHENTICATION, DESTINATION_OPTIONS];
         tcp(parse(&v6(&mixed, TCP).as_slice(), ETHERTYPE_IPV6, 14));
         assert!(matches!(
@@ -326,6 +343,10 @@ mod tests {
     impl Bytes for &[u8] {
         fn load<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
             self.get(offset..offset + N)?.try_into().ok()
+        }
+
+        fn length(&self) -> usize {
+            self.len()
         }
     }
 

@@ -109,4 +109,10 @@ impl Bytes for Frame<'_> {
     fn load<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
         self.0.load(offset).ok()
     }
+
+    #[inline(always)]
+    fn length(&self) -> usize {
+        // SAFETY: a field of the context.
+        unsafe { core::ptr::read_volatile(&raw const (*self.0.skb.skb).len) as usize }
+    }
 }

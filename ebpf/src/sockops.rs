@@ -86,7 +86,7 @@ fn tuple(ctx: &SockOpsContext) -> Option<Tuple> {
     } else if family == AF_INET6 {
         let there = v6_there(ctx);
         // An IPv4 connection of an IPv6 socket.
-        if is_mapped(&there) {
+        if there.is_v4() {
             (v4_here(ctx), there)
         } else {
             (v6_here(ctx), there)
@@ -140,10 +140,4 @@ fn v6_there(ctx: &SockOpsContext) -> Addr {
 fn bytes(words: [u32; 4]) -> [u8; 16] {
     // SAFETY: same size, plain bytes; the words are in network order already.
     unsafe { core::mem::transmute(words) }
-}
-
-#[inline(always)]
-fn is_mapped(addr: &Addr) -> bool {
-    let bytes = &addr.0;
-    bytes[10] == 0xff && bytes[11] == 0xff && bytes[0] == 0 && bytes[8] == 0 && bytes[9] == 0
 }

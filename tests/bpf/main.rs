@@ -1,7 +1,8 @@
 //! The tier `bpf`: the kernel half alone, without an agent.
 //!
 //! Two kinds of test. [`verdicts`] feeds hand-made frames to each entry point by BPF_PROG_TEST_RUN
-//! and asks for the verdict, the rewritten bytes and the counter. The others attach the programs
+//! and asks for the verdict, the rewritten bytes and the counter; [`model`] does the same with
+//! random ones and asks a model of the rules. The others attach the programs
 //! in a pod of their own (a network namespace behind a veth pair, checksum offload on) and look at
 //! where real connections and real frames end, by TCX and by clsact, over IPv4 and IPv6.
 //!
@@ -15,6 +16,7 @@ mod frames;
 mod hostile;
 mod inbound;
 mod lifecycle;
+mod model;
 mod outbound;
 mod probes;
 mod topology;
@@ -40,9 +42,16 @@ fn main() {
         ("hostile", hostile::TESTS),
         ("bare", bare::TESTS),
         ("lifecycle", lifecycle::TESTS),
+        ("model", model::TESTS),
     ] {
+        // Packets that are run, not sent, do not care how programs are attached.
+        let ways: &[bool] = if subject == "model" {
+            &[false]
+        } else {
+            &[false, true]
+        };
         for (name, test) in tests {
-            for force_clsact in [false, true] {
+            for force_clsact in ways.iter().copied() {
                 let way = if force_clsact { "clsact" } else { "tcx" };
                 let missing = missing.clone();
                 trials.push(Trial::ignorable_test(

@@ -434,6 +434,23 @@ pub(crate) fn vanish(stream: std::net::TcpStream) -> Result<()> {
         "TCP_REPAIR: {}",
         std::io::Error::last_os_error()
     );
-    drop(stream);
+    // Not by closing it: a process that another test is just starting has a copy of it.
+    let nowhere = nix::libc::sockaddr {
+        sa_family: nix::libc::AF_UNSPEC as u16,
+        sa_data: [0; 14],
+    };
+    // SAFETY: a whole address.
+    let result = unsafe {
+        nix::libc::connect(
+            std::os::fd::AsRawFd::as_raw_fd(&stream),
+            &raw const nowhere,
+            size_of_val(&nowhere) as nix::libc::socklen_t,
+        )
+    };
+    ensure!(
+        result == 0,
+        "disconnect: {}",
+        std::io::Error::last_os_error()
+    );
     Ok(())
 }

@@ -12,11 +12,11 @@
 use std::{
     fmt,
     fs::{self, File},
-    io,
+    io::{self, Write},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
     os::fd::{AsFd, AsRawFd},
     path::PathBuf,
-    process::Command,
+    process::{Command, Stdio},
     sync::{
         OnceLock,
         atomic::{AtomicU32, Ordering},
@@ -198,21 +198,72 @@ impl Netns {
         })
     }
 
-    /// Line by line; without IPv6 what is about it alone is left out.
+    /// One command a line; without IPv6 what is about it alone is left out. Neighbours among the
+    /// lines that are `ip`'s are one process: where programs start slowly it shows.
     pub(crate) fn run(&self, commands: &str) -> Result<()> {
+        let commands: Vec<&str> = commands
+            .lines()
+            .map(str::trim)
+            .filter(|line| !line.is_empty())
+            .filter(|line| requirements::ipv6() || !about_ipv6(line))
+            .collect();
         self.enter(|| {
             commands
-                .lines()
-                .map(str::trim)
-                .filter(|line| !line.is_empty())
-                .filter(|line| requirements::ipv6() || !about_ipv6(line))
-                .try_for_each(run)
+                .chunk_by(|one, next| family_of(one).is_some() && family_of(one) == family_of(next))
+                .try_for_each(|chunk| match family_of(chunk[0]) {
+                    Some(option) => batch(option, chunk),
+                    None => chunk.iter().try_for_each(|command| run(command)),
+                })
         })
     }
 
     pub(crate) fn fd(&self) -> &File {
         &self.0
     }
+}
+
+/// The option of `ip` that a command of it begins with, if it is one that a batch can hold.
+fn family_of(command: &str) -> Option<&'static str> {
+    if command.starts_with("ip -6 ") {
+        Some("-6")
+    } else if command.starts_with("ip -") {
+        None
+    } else if command.starts_with("ip ") {
+        Some("")
+    } else {
+        None
+    }
+}
+
+/// Commands of `ip` that share an option, as one process.
+fn batch(option: &str, commands: &[&str]) -> Result<()> {
+    let script: String = commands
+        .iter()
+        .map(|command| command.trim_start_matches("ip ").trim_start_matches("-6 "))
+        .flat_map(|command| [command, "\n"])
+        .collect();
+    let mut ip = Command::new("ip")
+        .args(
+            [option, "-batch", "-"]
+                .iter()
+                .filter(|word| !word.is_empty()),
+        )
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .context("start ip")?;
+    if let Some(mut stdin) = ip.stdin.take() {
+        stdin.write_all(script.as_bytes())?;
+    }
+    let output = ip.wait_with_output()?;
+    ensure!(
+        output.status.success(),
+        "{}: {}",
+        commands.join("; "),
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    Ok(())
 }
 
 fn about_ipv6(command: &str) -> bool {

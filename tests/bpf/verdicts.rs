@@ -332,6 +332,8 @@ fn look_up(topology: &Topology, from: IpAddr, to: IpAddr) -> Result<(u32, u64)> 
         local_ip6: [u32; 4],
         local_port: u32,
         ingress_ifindex: u32,
+        /// Named, because the kernel wants it to be zero and padding is anything.
+        _end: u32,
     }
     #[repr(C)]
     #[derive(Default)]

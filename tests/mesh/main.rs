@@ -5,6 +5,7 @@
 //! the mesh off. `cargo xtask test --tier mesh` builds the agent and says where it lies.
 mod failclosed;
 mod ground;
+mod handover;
 mod harness;
 mod identity_attacks;
 mod lifecycle;
@@ -30,6 +31,7 @@ fn main() -> ExitCode {
             failclosed::TESTS,
             identity_attacks::TESTS,
             lifecycle::TESTS,
+            handover::TESTS,
             services::TESTS,
             settings::TESTS,
             shown::TESTS,

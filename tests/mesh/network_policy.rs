@@ -124,11 +124,9 @@ fn ingress_decides_on_every_way() -> Result<()> {
         "podSelector": {"matchLabels": {"role": "server"}},
         "ingress": [{"ports": [{"port": SECOND, "endPort": 9000}]}],
     }))?;
-    ensure!(
-        served(&field.ground.near, field.ground.far.at(SECOND)),
-        "a port of the range is refused"
-    );
-    Ok(())
+    wait::until("a port of the range is served", IN_FORCE, || {
+        served(&field.ground.near, field.ground.far.at(SECOND))
+    })
 }
 
 fn egress_decides_by_endpoint() -> Result<()> {
@@ -140,6 +138,9 @@ fn egress_decides_by_endpoint() -> Result<()> {
     let by_service = ground
         .world
         .service(&ServiceSpec::new("front", 80, PORT).with(json!({"selector": {"app": "far"}})))?;
+    wait::until("the Service is known", PATIENCE, || {
+        served(&ground.near, by_service.at())
+    })?;
     let to = |peers: Value| json!([{"to": peers}]);
     let far = json!({"podSelector": {"matchLabels": {"app": "far"}}});
     for (what, egress, expected) in [

@@ -140,6 +140,28 @@ impl Agent {
         .with_context(|| self.last_words())
     }
 
+    /// Waits until it is this process that answers `debug`: until it has taken over, if there was
+    /// an agent before it.
+    pub fn wait_serves(&self, deadline: Duration) -> Result<()> {
+        let pid = self.process.pid();
+        wait::for_value(
+            &format!("process {pid} serves {}", self.node.name()),
+            deadline,
+            || {
+                if let Err(ended) = self.still_runs() {
+                    return Ok(Some(Err(ended)));
+                }
+                let answers = self.debug_json(&["state"])?["process"].clone();
+                if answers == pid {
+                    return Ok(Some(Ok(())));
+                }
+                bail!("process {answers} answers")
+            },
+        )
+        .flatten()
+        .with_context(|| self.last_words())
+    }
+
     /// Waits until `debug pods` says that the kernel has the pod.
     pub fn wait_captured(&self, pod: &Pod, deadline: Duration) -> Result<()> {
         self.wait_pod_state(pod, &["captured"], deadline)

@@ -6,11 +6,12 @@
 //!
 //! Read [`world`] first; [`netns`], [`process`] and [`reaper`] are what it stands on,
 //! [`manifest`] and [`agent`] what runs the mesh, [`client`], [`server`] and [`program`] what
-//! talks through it, [`load`] what goes on meanwhile, [`capture`], [`hooks`] and [`raw`] what looks
+//! talks through it, [`load`] and [`crowd`] what goes on meanwhile, [`capture`], [`hooks`] and [`raw`] what looks
 //! at the wire and the kernel and forges frames.
 pub mod agent;
 pub mod capture;
 pub mod client;
+pub mod crowd;
 pub mod frames;
 pub mod hooks;
 pub mod load;
@@ -29,3 +30,6 @@ pub mod world;
 pub use agent::{Agent, AgentOptions};
 pub use netns::Netns;
 pub use world::{Node, Pod, PodSpec, Service, ServiceSpec, World};
+
+/// Set by `cargo xtask test --full`: tests that have a long version play that.
+pub const FULL: &str = "PICOMESH_TEST_FULL";

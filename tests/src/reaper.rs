@@ -95,6 +95,16 @@ pub fn dir(name: &str) -> PathBuf {
     std::env::temp_dir().join(format!("picomesh-{name}"))
 }
 
+/// Where a world's agents have their run directories: in memory, as /run is on a machine of its own.
+pub fn run_dir(name: &str) -> PathBuf {
+    let memory = Path::new("/dev/shm");
+    if memory.is_dir() {
+        memory.join(format!("picomesh-{name}"))
+    } else {
+        dir(name).join("run")
+    }
+}
+
 /// Where a world's agents keep their pins.
 pub fn bpf_dir(name: &str) -> PathBuf {
     Path::new(BPF_DIR).join(name)
@@ -110,7 +120,7 @@ pub fn remove(name: &str) {
             eprintln!("remove {netns}: {e:#}");
         }
     }
-    for path in [bpf_dir(name), dir(name)] {
+    for path in [bpf_dir(name), run_dir(name), dir(name)] {
         if let Err(e) = fs::remove_dir_all(&path)
             && e.kind() != std::io::ErrorKind::NotFound
         {

@@ -1,7 +1,7 @@
 //! Waiting for something to become true, with a deadline and a last word.
 //!
 //! On a machine that is emulated everything takes its time: [`SLOWNESS`] stretches what tests wait
-//! for at most, and nothing that they promise.
+//! for at most.
 
 use std::{
     sync::OnceLock,

@@ -436,7 +436,7 @@ impl World {
     }
 
     pub fn run_dir(&self, node: &Node) -> PathBuf {
-        self.dir.join("run").join(node.name())
+        reaper::run_dir(&self.name).join(node.name())
     }
 
     pub fn logs(&self) -> PathBuf {

@@ -64,6 +64,7 @@ fn note(purpose: Purpose) -> String {
         | Purpose::Bench
         | Purpose::Deny
         | Purpose::Mutants
+        | Purpose::Fuzz
         | Purpose::Vm => String::new(),
     }
 }

@@ -10,6 +10,7 @@ mod cache;
 mod demo;
 mod doctor;
 mod ebpf;
+mod fuzz;
 mod mutants;
 mod needs;
 mod setup;
@@ -44,6 +45,8 @@ enum Verb {
     Test(test::Args),
     /// Change the files that decide, one operator at a time, and see whether the tests notice
     Mutants(mutants::Args),
+    /// Feed random bytes to everything that reads bytes of others, and packets to the kernel half
+    Fuzz(fuzz::Args),
     /// Run the tier bpf and a smoke test of the mesh on other kernels, under qemu
     Vm(vm::Args),
 }
@@ -57,6 +60,7 @@ fn main() -> ExitCode {
         Verb::Bench(args) => bench::run(&args),
         Verb::Test(args) => test::run(&args),
         Verb::Mutants(args) => mutants::run(&args),
+        Verb::Fuzz(args) => fuzz::run(&args),
         Verb::Vm(args) => vm::run(&args),
     };
     done.unwrap_or_else(|e| {

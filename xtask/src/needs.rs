@@ -31,18 +31,21 @@ pub(crate) enum Purpose {
     Deny,
     /// Testing the tests
     Mutants,
+    /// Fuzzing what reads bytes of others
+    Fuzz,
     /// Booting other kernels
     Vm,
 }
 
 impl Purpose {
-    pub(crate) const ALL: [Self; 7] = [
+    pub(crate) const ALL: [Self; 8] = [
         Self::Build,
         Self::Ebpf,
         Self::World,
         Self::Bench,
         Self::Deny,
         Self::Mutants,
+        Self::Fuzz,
         Self::Vm,
     ];
 
@@ -54,6 +57,7 @@ impl Purpose {
             Self::Bench => "bench",
             Self::Deny => "deny",
             Self::Mutants => "mutants",
+            Self::Fuzz => "fuzz",
             Self::Vm => "vm",
         }
     }
@@ -201,6 +205,12 @@ const NEEDS: &[Need] = &[
         why: "changes the files that decide",
     },
     package(
+        Purpose::Fuzz,
+        "g++",
+        Sign::Program("c++"),
+        "compiles libFuzzer",
+    ),
+    package(
         Purpose::Vm,
         "qemu-system-x86",
         Sign::Program("qemu-system-x86_64"),
@@ -217,6 +227,12 @@ const NEEDS: &[Need] = &[
         "kmod",
         Sign::Program("depmod"),
         "tells which modules of a kernel need which",
+    ),
+    package(
+        Purpose::Vm,
+        "xz-utils",
+        Sign::Program("xz"),
+        "unpacks a kernel's modules",
     ),
     package(
         Purpose::Vm,

@@ -13,10 +13,10 @@ use std::process::{Command, ExitCode};
 use anyhow::Result;
 use picomesh_tests::{reaper, requirements};
 
-pub(crate) use self::count::Count;
+pub(crate) use self::{count::Count, steps::run as run_step};
 use crate::{
     cache::CARGO_DENY,
-    mutants,
+    fuzz, mutants,
     needs::{self, Purpose},
     shell, vm,
 };
@@ -33,7 +33,7 @@ pub(crate) struct Args {
     #[arg(long)]
     list: bool,
     /// Also run the tests that take much of the machine, take out one rule of the kernel half at a
-    /// time and demand red, and run `mutants` and `vm`
+    /// time and demand red, and run `mutants`, `vm` and `fuzz`
     #[arg(long)]
     full: bool,
 }
@@ -89,6 +89,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         total.add(mutants::count());
         println!("== vm ==");
         total.add(vm::count());
+        println!("== fuzz ==");
+        total.add(fuzz::count());
     }
     for name in &total.failures {
         println!("failed: {name}");
@@ -192,6 +194,11 @@ fn commands(tier: Tier, filter: Option<&str>, full: bool) -> Vec<(&'static str, 
             deny.env("PATH", format!("{}:{path}", CARGO_DENY.bin_dir().display()));
             vec![
                 ("fmt", cargo(&["fmt", "--all", "--check"])),
+                // Not of the workspace.
+                (
+                    "fmt of the fuzz targets",
+                    cargo(&["fmt", "--manifest-path", "tests/fuzz/Cargo.toml", "--check"]),
+                ),
                 (
                     "clippy",
                     cargo(&[

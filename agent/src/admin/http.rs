@@ -6,6 +6,7 @@ use std::{
     convert::Infallible,
     io,
     net::{Ipv4Addr, SocketAddr},
+    os::fd::{AsFd, OwnedFd},
     sync::Arc,
     time::Duration,
 };
@@ -63,8 +64,22 @@ impl Server {
         Ok(Self { listener, address })
     }
 
+    /// With a socket that listens already: the agent before gave it away, and both accept from it
+    /// until that one stops.
+    pub fn inherit(listener: std::net::TcpListener) -> io::Result<Self> {
+        listener.set_nonblocking(true)?;
+        let address = listener.local_addr()?;
+        let listener = TcpListener::from_std(listener)?;
+        Ok(Self { listener, address })
+    }
+
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// A copy of the socket, for a successor.
+    pub fn socket(&self) -> io::Result<OwnedFd> {
+        self.listener.as_fd().try_clone_to_owned()
     }
 
     /// Serves until the end begins; answers that are under way are given.

@@ -3,7 +3,7 @@
 
 use std::{
     fs, io,
-    os::unix::fs::{FileTypeExt, PermissionsExt},
+    os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -41,11 +41,20 @@ pub enum SocketError {
 pub struct Server {
     listener: UnixListener,
     path: PathBuf,
+    inode: u64,
 }
 
 impl Server {
     /// Whoever binds holds the run directory's lock, so a socket found there is a dead agent's.
     pub fn bind(run_dir: &Path) -> Result<Self, SocketError> {
+        let server = Self::beside(run_dir)?;
+        server.move_in()?;
+        Ok(server)
+    }
+
+    /// Listens, but where nobody calls: another agent's socket is in the place until
+    /// [`Server::move_in`].
+    pub fn beside(run_dir: &Path) -> Result<Self, SocketError> {
         let path = run_dir.join(NAME);
         let failed = |source| SocketError::Bind {
             path: path.clone(),
@@ -55,14 +64,31 @@ impl Server {
             Ok(found) if !found.file_type().is_socket() => {
                 return Err(SocketError::Occupied { path });
             }
-            Ok(_) => fs::remove_file(&path).map_err(failed)?,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(failed(error)),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+            Ok(_) | Err(_) => {}
         }
-        let listener = UnixListener::bind(&path).map_err(failed)?;
+        let new = beside(&path);
+        match fs::remove_file(&new) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+            Ok(()) | Err(_) => {}
+        }
+        let listener = UnixListener::bind(&new).map_err(failed)?;
         // Nobody else gets so far before this is done: the directory is 0700.
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).map_err(failed)?;
-        Ok(Self { listener, path })
+        fs::set_permissions(&new, fs::Permissions::from_mode(0o600)).map_err(failed)?;
+        let inode = fs::symlink_metadata(&new).map_err(failed)?.ino();
+        Ok(Self {
+            listener,
+            path,
+            inode,
+        })
+    }
+
+    /// Takes the place, and that of whatever socket is there, in one step.
+    pub fn move_in(&self) -> Result<(), SocketError> {
+        fs::rename(beside(&self.path), &self.path).map_err(|source| SocketError::Bind {
+            path: self.path.clone(),
+            source,
+        })
     }
 
     pub async fn serve(self, views: Views, mut drain: drain::Guard) {
@@ -100,18 +126,23 @@ impl Server {
             }
         }
         // The file goes before the guard: whoever waits for the guard may end the process then.
-        drop(self);
+        self.remove();
         drop(drain);
     }
-}
 
-impl Drop for Server {
-    fn drop(&mut self) {
-        // The successor holds the lock only after we end, so it is ours that is removed.
-        if let Err(error) = fs::remove_file(&self.path) {
+    /// Not when it is dropped: then a successor is about to take its place, or the file is found
+    /// dead by the next.
+    fn remove(self) {
+        let ours = fs::symlink_metadata(&self.path).is_ok_and(|found| found.ino() == self.inode);
+        if ours && let Err(error) = fs::remove_file(&self.path) {
             debug!(%error, "the admin socket was gone already");
         }
     }
+}
+
+/// Where a socket waits for its place.
+fn beside(path: &Path) -> PathBuf {
+    path.with_extension("sock.new")
 }
 
 async fn serve_one(mut stream: UnixStream, views: &SharedViews) -> io::Result<()> {
@@ -258,6 +289,19 @@ mod tests {
             Err(SocketError::Occupied { .. })
         ));
         assert_eq!(fs::read(other.path().join(NAME)).unwrap(), b"precious");
+    }
+
+    #[tokio::test]
+    async fn the_next_server_takes_the_path_and_the_one_before_leaves_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let before = serve(dir.path());
+        let next = Server::beside(dir.path()).unwrap();
+        ask(dir.path(), &Request::State).await.unwrap();
+        next.move_in().unwrap();
+        let (_drain, guard) = drain::Drain::new();
+        tokio::spawn(next.serve(views(), guard));
+        before.drain(Duration::ZERO).await;
+        ask(dir.path(), &Request::State).await.unwrap();
     }
 
     #[tokio::test]

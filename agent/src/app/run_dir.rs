@@ -1,23 +1,24 @@
 //! The agent's own directory and the lock in it: one agent per run directory.
 //!
 //! The lock is the kernel's (flock), so that a killed agent leaves none behind. The file stays; it
-//! names the process that holds it, for the message that the second agent prints.
+//! names the process that holds it, for the message that the second agent prints. The lock belongs
+//! to the open file, not to the process: a copy of the file that a successor is given is the same
+//! lock, free when the last copy is closed.
 
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{self, File, OpenOptions, TryLockError},
     io::{self, Read, Seek, Write},
-    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
+    os::{
+        fd::OwnedFd,
+        unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
+    },
     path::{Path, PathBuf},
 };
 
-use nix::{
-    errno::Errno,
-    fcntl::{Flock, FlockArg},
-    unistd::geteuid,
-};
+use nix::unistd::geteuid;
 use thiserror::Error;
 
-use crate::admin;
+use crate::{admin, handover, snapshot};
 
 const LOCK: &str = "agent.lock";
 
@@ -36,7 +37,7 @@ pub enum RunDirError {
 #[derive(Debug)]
 pub struct RunDir {
     path: PathBuf,
-    _lock: Flock<File>,
+    lock: File,
 }
 
 impl RunDir {
@@ -71,7 +72,7 @@ impl RunDir {
             );
             return Err(unusable(problem));
         }
-        let file = OpenOptions::new()
+        let mut lock = OpenOptions::new()
             .read(true)
             .write(true)
             .create(true)
@@ -79,18 +80,16 @@ impl RunDir {
             .mode(0o600)
             .open(path.join(LOCK))
             .map_err(failed)?;
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(mut lock) => {
-                sign(&mut lock).map_err(failed)?;
-                Ok(Self {
-                    path: path.into(),
-                    _lock: lock,
-                })
+        match lock.try_lock() {
+            Ok(()) => {
+                sign(&lock).map_err(failed)?;
+                let path = path.into();
+                Ok(Self { path, lock })
             }
-            Err((mut file, Errno::EWOULDBLOCK)) => {
+            Err(TryLockError::WouldBlock) => {
                 let mut holder = String::new();
                 // Only for the message.
-                let _ = file.read_to_string(&mut holder);
+                let _ = lock.read_to_string(&mut holder);
                 let holder = match holder.trim() {
                     "" => "unknown".into(),
                     holder => holder.to_owned(),
@@ -100,8 +99,38 @@ impl RunDir {
                     holder,
                 })
             }
-            Err((_, errno)) => Err(unusable(format!("its lock: {}", errno.desc()))),
+            Err(TryLockError::Error(error)) => Err(unusable(format!("its lock: {error}"))),
         }
+    }
+
+    /// With the lock that the agent before was holding and gave away.
+    pub(super) fn inherit(path: &Path, lock: OwnedFd) -> Result<Self, RunDirError> {
+        let lock = File::from(lock);
+        let there = fs::symlink_metadata(path.join(LOCK));
+        let same = match (lock.metadata(), there) {
+            (Ok(given), Ok(there)) => (given.dev(), given.ino()) == (there.dev(), there.ino()),
+            (Ok(_) | Err(_), Ok(_) | Err(_)) => false,
+        };
+        if same && lock.try_lock().is_ok() {
+            let path = path.into();
+            return Ok(Self { path, lock });
+        }
+        Err(RunDirError::Unusable {
+            path: path.into(),
+            problem: "the lock that the agent before gave away is not this directory's; end that \
+                      agent first"
+                .into(),
+        })
+    }
+
+    /// A copy of the lock, for a successor.
+    pub(super) fn lock(&self) -> io::Result<OwnedFd> {
+        Ok(self.lock.try_clone()?.into())
+    }
+
+    /// From now on it is this process that is named.
+    pub(super) fn sign(&self) -> io::Result<()> {
+        sign(&self.lock)
     }
 
     pub fn path(&self) -> &Path {
@@ -110,7 +139,15 @@ impl RunDir {
 
     /// Removes what agents leave here, and the directory if nothing else is in it.
     pub fn remove(self) -> io::Result<()> {
-        for name in [admin::socket::NAME, LOCK] {
+        for name in [
+            admin::socket::NAME,
+            handover::NAME,
+            snapshot::STATE,
+            snapshot::KEYS,
+            LOCK,
+        ] {
+            // What an agent that was killed had not moved to its place yet.
+            let _absent = fs::remove_file(self.path.join(format!("{name}.new")));
             match fs::remove_file(self.path.join(name)) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                 Ok(()) | Err(_) => {}
@@ -123,7 +160,7 @@ impl RunDir {
     }
 }
 
-fn sign(lock: &mut Flock<File>) -> io::Result<()> {
+fn sign(mut lock: &File) -> io::Result<()> {
     lock.set_len(0)?;
     lock.rewind()?;
     writeln!(lock, "{}", std::process::id())
@@ -145,6 +182,33 @@ mod tests {
         assert!(error.contains(&process), "{error}");
         drop(first);
         RunDir::open(&path).unwrap();
+    }
+
+    #[test]
+    fn a_lock_that_was_given_away_is_held_until_both_are_done_with_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = RunDir::open(dir.path()).unwrap();
+        let next = RunDir::inherit(dir.path(), first.lock().unwrap()).unwrap();
+        drop(first);
+        assert!(matches!(
+            RunDir::open(dir.path()),
+            Err(RunDirError::Taken { .. })
+        ));
+        drop(next);
+        RunDir::open(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn another_directorys_lock_is_not_inherited() {
+        let (dir, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let held = RunDir::open(dir.path()).unwrap();
+        let foreign = RunDir::open(other.path()).unwrap().lock().unwrap();
+        let error = RunDir::inherit(dir.path(), foreign).unwrap_err();
+        assert!(
+            error.to_string().contains("not this directory's"),
+            "{error}"
+        );
+        drop(held);
     }
 
     #[test]

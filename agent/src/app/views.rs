@@ -101,6 +101,7 @@ impl Shown {
         let load_errors = json!(**self.load_errors.borrow());
         json!({
             "version": env!("CARGO_PKG_VERSION"),
+            "process": std::process::id(),
             "node": &*self.settings.node,
             "cluster": &*self.settings.cluster,
             "trust_domain": &*self.settings.trust_domain,

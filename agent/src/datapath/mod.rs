@@ -19,7 +19,7 @@ use picomesh_common::PodConfig;
 
 use crate::state::PodUid;
 
-pub use pods::{Datapath, DatapathSettings, PodStatus};
+pub use pods::{Datapath, DatapathSettings, Paused, PodStatus};
 pub use sockets::{PodHandle, PodSockets, Source, keep_alive};
 
 /// What the kernel should do for one pod.

@@ -14,6 +14,7 @@ mod claims;
 mod enrolment;
 mod error;
 mod leaving;
+mod pause;
 mod reconcile;
 mod records;
 mod table;
@@ -32,6 +33,7 @@ use self::{
     captured::Core,
     claims::Claims,
     enrolment::Adopted,
+    pause::Turns,
     reconcile::Reconciler,
     records::RunDir,
     table::{Stage, Table},
@@ -40,8 +42,10 @@ use super::{
     Desired, PodEvent,
     loader::{Loader, LoaderSettings},
     netns::Home,
-    sockets::SocketOwner,
+    sockets::{PodHandle, SocketOwner},
 };
+
+pub use pause::Paused;
 
 #[derive(Clone, Debug)]
 pub struct DatapathSettings {
@@ -79,6 +83,7 @@ pub struct Datapath {
     core: Arc<Core>,
     table: Arc<Mutex<Table>>,
     kick: Arc<Notify>,
+    turns: Arc<Turns>,
 }
 
 impl Datapath {
@@ -105,19 +110,23 @@ impl Datapath {
             listeners,
         } in adopted
         {
-            let pod = Arc::clone(&captured.handle);
-            announced.push(PodEvent::Captured { pod, listeners });
+            if !listeners.is_empty() {
+                let pod = Arc::clone(&captured.handle);
+                announced.push(PodEvent::Captured { pod, listeners });
+            }
             table.adopt(captured);
         }
         let datapath = Arc::new(Self {
             core: Arc::new(core),
             table: Arc::new(Mutex::new(table)),
             kick: Arc::new(Notify::new()),
+            turns: Arc::new(Turns::new()),
         });
         let reconciler = Reconciler {
             core: Arc::clone(&datapath.core),
             table: Arc::clone(&datapath.table),
             kick: Arc::clone(&datapath.kick),
+            turns: Arc::clone(&datapath.turns),
         };
         tokio::spawn(reconciler.run(desired, announced));
         Ok(datapath)
@@ -218,7 +227,7 @@ fn open(
     let mut adopted = Vec::new();
     for record in &records {
         match enrolment::adopt(&core, record) {
-            Ok(Some(pod)) => adopted.push(pod),
+            Ok(Some(pod)) => adopted.push(announce(&core, pod)),
             Ok(None) => tracing::info!(pod = record.name, "gone while no agent was running"),
             Err(error) => {
                 tracing::warn!(pod = record.name, error = error.sentence(), "cannot adopt");
@@ -233,6 +242,18 @@ fn open(
         }
     }
     Ok((core, adopted))
+}
+
+/// Whoever serves connections hears of a pod as soon as its listeners stand in the map: while the
+/// others are adopted nobody should wait. What does not fit the queue is told later.
+fn announce(core: &Core, mut pod: Adopted) -> Adopted {
+    if let Ok(place) = core.events.try_reserve() {
+        place.send(PodEvent::Captured {
+            pod: Arc::<PodHandle>::clone(&pod.captured.handle),
+            listeners: std::mem::take(&mut pod.listeners),
+        });
+    }
+    pod
 }
 
 fn loader_settings(

@@ -125,6 +125,20 @@ impl LocalCa {
         }))
     }
 
+    /// Opens the directory if the whole authority is there, and makes nothing: for who knows that
+    /// there was one, and must not mistake a directory that is away for a new one.
+    pub fn open_existing(
+        dir: &Path,
+        trust_domain: Arc<str>,
+        clock: Arc<dyn Clock>,
+    ) -> Result<Arc<Self>, CaError> {
+        let (crt, key, anchors) = paths(dir);
+        for path in [crt, key, anchors] {
+            fs::metadata(&path).map_err(io_error("find", &path))?;
+        }
+        Self::open(dir, trust_domain, clock)
+    }
+
     /// Follows the files until dropped (it runs forever; its owner aborts it at drain).
     pub async fn watch(self: Arc<Self>) {
         let mut seen = stamps(&self.dir);

@@ -21,11 +21,13 @@ const EC_PUBLIC_KEY: &str = "1.2.840.10045.2.1";
 const P256: &str = "1.2.840.10045.3.1.7";
 const ECDSA_WITH_SHA256: &str = "1.2.840.10045.4.3.2";
 
-/// A fresh key and the request for a certificate of it. The key leaves only as a signer for
-/// handshakes; it is never written, shown or sent, hence no `Debug`.
+/// A fresh key and the request for a certificate of it. The key is never shown or sent, hence no
+/// `Debug`; it leaves as a signer for handshakes, and for the snapshot of this boot.
 pub struct Request {
     pub der: Vec<u8>,
     pub key: Arc<dyn SigningKey>,
+    /// The same as PKCS#8.
+    pub pkcs8: Arc<[u8]>,
     /// The public key as it must stand in the certificate (an uncompressed point).
     pub public_key: Vec<u8>,
 }
@@ -56,13 +58,24 @@ impl Request {
         params.distinguished_name = DistinguishedName::new();
         params.subject_alt_names = vec![SanType::URI(identity.to_string().try_into()?)];
         let der = params.serialize_request(&pair)?.der().to_vec();
-        let private = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(pair.serialize_der()));
+        let pkcs8: Arc<[u8]> = pair.serialize_der().into();
         Ok(Self {
             der,
-            key: any_ecdsa_type(&private)?,
+            key: signing_key(&pkcs8)?,
+            pkcs8,
             public_key: pair.public_key_raw().to_vec(),
         })
     }
+}
+
+pub(super) fn signing_key(pkcs8: &[u8]) -> Result<Arc<dyn SigningKey>, rustls::Error> {
+    any_ecdsa_type(&PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(pkcs8)))
+}
+
+/// The public key that belongs to a private one, as it stands in certificates.
+pub(super) fn public_key(pkcs8: &[u8]) -> Result<Vec<u8>, rcgen::Error> {
+    let pair = KeyPair::try_from(pkcs8)?;
+    Ok(pair.public_key_raw().to_vec())
 }
 
 /// The public key of a request, after every check that a signer owes: P-256, and whoever asks

@@ -19,7 +19,10 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use rustls::{pki_types::CertificateDer, sign::CertifiedKey};
+use rustls::{
+    pki_types::CertificateDer,
+    sign::{CertifiedKey, SigningKey},
+};
 use tokio::{
     sync::watch,
     task::{self, JoinHandle, JoinSet},
@@ -32,7 +35,7 @@ use crate::state::Identity;
 use super::{
     Bundle, CertificateStatus, SignError, Signed, Signer, Wanted,
     clock::{Clock, SystemClock},
-    csr::Request,
+    csr::{Request, public_key, signing_key},
     schedule::{Now, Schedule, Validity},
     spiffe::server_name_text,
     tls::{Certificates, Tls, tls_reason},
@@ -85,12 +88,31 @@ pub struct NoCertificate {
     pub reason: String,
 }
 
+/// A certificate and its key, as one agent leaves them to the next. Not `Debug`.
+#[derive(Clone)]
+pub struct Held {
+    pub identity: Identity,
+    /// Leaf first.
+    pub chain: Vec<CertificateDer<'static>>,
+    pub pkcs8: Arc<[u8]>,
+}
+
 impl Identities {
-    /// Starts the driver on the current runtime. It ends at [`Identities::stop`] or with the last
-    /// handle; requests under way are abandoned then.
+    /// With nothing in hand.
     pub fn start(
         signer: Arc<dyn Signer>,
         settings: Settings,
+    ) -> Result<(Self, JoinHandle<()>), rustls::Error> {
+        Self::start_with(signer, settings, Vec::new())
+    }
+
+    /// Starts the driver on the current runtime, with what an agent before left: of that, what is
+    /// valid now and would be accepted by peers is used from the first moment on. It ends at [`Identities::stop`] or with the last
+    /// handle; requests under way are abandoned then.
+    pub fn start_with(
+        signer: Arc<dyn Signer>,
+        settings: Settings,
+        held: Vec<Held>,
     ) -> Result<(Self, JoinHandle<()>), rustls::Error> {
         let mut bundle = signer.bundle();
         let current = bundle.borrow_and_update().clone();
@@ -104,7 +126,7 @@ impl Identities {
             table: table.clone(),
             clock: settings.clock.clone(),
         }))?;
-        let driver = Driver {
+        let mut driver = Driver {
             signer,
             bundle: Some(bundle),
             sign_timeout: settings.sign_timeout,
@@ -119,6 +141,7 @@ impl Identities {
             orders: orders_seen,
             changed,
         };
+        driver.take_up(held);
         let handle = Self {
             table,
             status,
@@ -184,6 +207,21 @@ impl Identities {
     /// be asked for anew then; standing connections need nothing.
     pub fn changed(&self) -> watch::Receiver<u64> {
         self.changes.clone()
+    }
+
+    /// What is held and valid, to be left to the next agent.
+    pub fn held(&self) -> Vec<Held> {
+        let (table, now) = (self.table.load(), self.clock.now());
+        let valid = table.held.iter().filter(|(_, own)| own.validity.holds(now));
+        let mut all: Vec<Held> = valid
+            .map(|(identity, own)| Held {
+                identity: identity.clone(),
+                chain: own.certified.cert.clone(),
+                pkcs8: own.pkcs8.clone(),
+            })
+            .collect();
+        all.sort_by(|a, b| a.identity.cmp(&b.identity));
+        all
     }
 
     pub fn status(&self) -> Vec<CertificateStatus> {
@@ -284,6 +322,8 @@ impl Table {
 /// One of our identities: a certificate, its key, and the configurations made of them.
 struct Own {
     certified: Arc<CertifiedKey>,
+    /// Its key, for the snapshot.
+    pkcs8: Arc<[u8]>,
     validity: Validity,
     /// Serves this identity whatever the SNI says.
     server: Arc<rustls::ServerConfig>,
@@ -317,6 +357,7 @@ impl Own {
     fn anew(&self) -> Self {
         Self {
             certified: self.certified.clone(),
+            pkcs8: self.pkcs8.clone(),
             validity: self.validity.clone(),
             server: self.server.clone(),
             clients: ArcSwap::default(),
@@ -394,6 +435,14 @@ struct Answer {
     signed: Signed,
 }
 
+/// A key, and what is said to be its certificate.
+struct Pair {
+    chain: Vec<CertificateDer<'static>>,
+    key: Arc<dyn SigningKey>,
+    pkcs8: Arc<[u8]>,
+    public_key: Vec<u8>,
+}
+
 impl Driver {
     async fn run(mut self) {
         loop {
@@ -451,7 +500,13 @@ impl Driver {
             return;
         };
         let (now, chance) = (self.now(), chance());
-        match answer.and_then(|answer| self.check(&identity, answer)) {
+        let pair = answer.map(|Answer { request, signed }| Pair {
+            chain: signed.chain,
+            key: request.key,
+            pkcs8: request.pkcs8,
+            public_key: request.public_key,
+        });
+        match pair.and_then(|pair| self.check(&identity, pair)) {
             Ok(own) => {
                 tracing::info!(
                     %identity,
@@ -475,29 +530,67 @@ impl Driver {
         }
     }
 
+    /// What an agent before left counts as signed just now, if it may be used at all. Whether
+    /// anybody wants it will be told; until then it lingers.
+    fn take_up(&mut self, held: Vec<Held>) {
+        let now = self.now();
+        self.schedule.want(
+            &held.iter().map(|held| held.identity.clone()).collect(),
+            now,
+        );
+        let mut table = Table::default();
+        for Held {
+            identity,
+            chain,
+            pkcs8,
+        } in held
+        {
+            let usable = pair(chain, pkcs8).and_then(|pair| self.check(&identity, pair));
+            let own = match usable {
+                Ok(own) if own.validity.holds(now.wall) => own,
+                Ok(own) => {
+                    let not_after = seconds(own.validity.not_after);
+                    tracing::info!(%identity, not_after, "a certificate left behind is not valid now");
+                    continue;
+                }
+                Err(error) => {
+                    tracing::warn!(%identity, %error, "a certificate left behind is not usable");
+                    continue;
+                }
+            };
+            let validity = own.validity.clone();
+            if self.schedule.signed(&identity, validity, now, chance()) {
+                table = table.replace(&identity, Some(Arc::new(own)));
+            }
+        }
+        self.publish(table);
+    }
+
     /// Nothing is used that a peer would refuse: better the old certificate and another try.
-    fn check(&self, identity: &Identity, answer: Answer) -> Result<Own, SignError> {
+    fn check(&self, identity: &Identity, pair: Pair) -> Result<Own, SignError> {
         let wrong = |what: String| SignError::Unavailable(format!("what it sent {what}"));
-        let Answer { request, signed } = answer;
-        let leaf = signed
-            .chain
+        let Pair {
+            chain,
+            key,
+            pkcs8,
+            public_key,
+        } = pair;
+        let leaf = chain
             .first()
             .ok_or_else(|| wrong("holds no certificate".to_owned()))?;
-        let (validity, public_key) = read(leaf).map_err(wrong)?;
-        if public_key != request.public_key {
+        let (validity, certified_key) = read(leaf).map_err(wrong)?;
+        if certified_key != public_key {
             return Err(wrong("is for another key".to_owned()));
         }
-        self.tls
-            .check_own(identity, &signed.chain)
-            .map_err(|error| {
-                wrong(format!(
-                    "would not be accepted by peers ({}); see to the trust bundle and to \
-                     this node's clock, which says {} s since 1970",
-                    tls_reason(&error),
-                    seconds(self.clock.now())
-                ))
-            })?;
-        let certified = Arc::new(CertifiedKey::new(signed.chain, request.key));
+        self.tls.check_own(identity, &chain).map_err(|error| {
+            wrong(format!(
+                "would not be accepted by peers ({}); see to the trust bundle and to \
+                 this node's clock, which says {} s since 1970",
+                tls_reason(&error),
+                seconds(self.clock.now())
+            ))
+        })?;
+        let certified = Arc::new(CertifiedKey::new(chain, key));
         let server = self
             .tls
             .server(Arc::new(Always {
@@ -508,6 +601,7 @@ impl Driver {
             .map_err(|error| wrong(format!("is not usable: {error}")))?;
         Ok(Own {
             certified,
+            pkcs8,
             validity,
             server: Arc::new(server),
             clients: ArcSwap::default(),
@@ -589,6 +683,19 @@ async fn ask(
             SignError::Unavailable(format!("no answer within {} s", within.as_secs()))
         })??;
     Ok(Answer { request, signed })
+}
+
+/// Of what was left behind; its public key comes from the key itself.
+fn pair(chain: Vec<CertificateDer<'static>>, pkcs8: Arc<[u8]>) -> Result<Pair, SignError> {
+    let wrong = |error: &dyn fmt::Display| SignError::Unavailable(format!("its key: {error}"));
+    let key = signing_key(&pkcs8).map_err(|error| wrong(&error))?;
+    let public_key = public_key(&pkcs8).map_err(|error| wrong(&error))?;
+    Ok(Pair {
+        chain,
+        key,
+        pkcs8,
+        public_key,
+    })
 }
 
 /// The next bundle; `None` once when the signer is gone, then never again.

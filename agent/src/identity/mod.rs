@@ -1,10 +1,11 @@
 //! Who we are: keys, certificates and the TLS configurations made of them.
 //!
 //! One X.509 SVID per service account with a meshed pod on this node. Keys are made here and never
-//! leave the process. [`Signer`] is the only way to a certificate: in local mode [`ca`] signs in
+//! leave the node; the next agent of this boot finds them in memory ([`Held`]). [`Signer`] is the only way to a certificate: in local mode [`ca`] signs in
 //! the process, on a cluster the controller and signer do, through the same trait.
 #![forbid(unsafe_code)]
 
+pub mod awaited;
 pub mod ca;
 pub mod clock;
 pub mod csr;
@@ -22,7 +23,7 @@ use tokio::sync::watch;
 
 use crate::state::Identity;
 
-pub use manager::{Identities, NoCertificate, Settings};
+pub use manager::{Held, Identities, NoCertificate, Settings};
 pub use spiffe::{parse_spiffe_id, server_name};
 pub use tls::{Peer, handshake_reason, handshake_sentence, peer, peer_identity, tls_reason};
 

@@ -3,6 +3,9 @@
 //! A file counts as a whole. If any of its documents cannot be read, all of them keep the state
 //! they had when the whole file could be; other files are not affected. Between files every object
 //! must be unique: of two, the one in the first file by name counts, and the error names both.
+//!
+//! The good text of each file is kept beside its objects ([`Texts`]), so that the next agent can
+//! begin with what was good here, also for files that are broken or gone by then.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -51,11 +54,16 @@ pub(super) struct Snapshot {
     pub(super) ignored: BTreeSet<String>,
 }
 
+/// What each file held when it was last good, by its name.
+pub type Texts = BTreeMap<String, Arc<str>>;
+
 #[derive(Default)]
 struct File {
     /// Of the text that was read last, or of the reason why it could not be.
     fingerprint: u64,
     good: Vec<Loaded>,
+    /// What `good` was read from.
+    text: Option<Arc<str>>,
     ignored: BTreeSet<String>,
     error: Option<LoadError>,
 }
@@ -69,6 +77,40 @@ impl Directory {
             fresh: true,
             too_many: false,
         }
+    }
+
+    /// As it was for another agent. What does not read any more is passed over; the files
+    /// themselves count as soon as they are read.
+    pub(super) fn with_texts(mut self, texts: Texts) -> Self {
+        for (name, text) in texts {
+            let path = self.dir.join(&name);
+            if Path::new(&name)
+                .file_name()
+                .is_none_or(|alone| alone != &*name)
+                || !is_manifest(&path)
+            {
+                continue;
+            }
+            let text = Ok(text.to_string());
+            let mut file = File {
+                fingerprint: fingerprint(&text),
+                ..File::default()
+            };
+            file.load(&path, text, &self.converter);
+            if file.error.is_none() {
+                self.files.insert(path, file);
+            }
+        }
+        self
+    }
+
+    /// The good text of every file.
+    pub(super) fn texts(&self) -> Texts {
+        let all = self.files.iter().filter_map(|(path, file)| {
+            let name = path.file_name()?.to_str()?.to_owned();
+            Some((name, file.text.clone()?))
+        });
+        all.collect()
     }
 
     /// `None`: nothing changed since the last time.
@@ -92,9 +134,7 @@ impl Directory {
         let mut changed = self.fresh || self.files.len() != before || self.too_many != too_many;
         for path in paths.into_iter().take(MAX_FILES) {
             let text = read_bounded(&path);
-            let mut hasher = DefaultHasher::new();
-            text.hash(&mut hasher);
-            let fingerprint = hasher.finish();
+            let fingerprint = fingerprint(&text);
             let known = self.files.get(&path);
             if known.is_some_and(|known| known.fingerprint == fingerprint) {
                 continue;
@@ -109,7 +149,7 @@ impl Directory {
         Ok(changed.then(|| self.snapshot()))
     }
 
-    fn snapshot(&self) -> Snapshot {
+    pub(super) fn snapshot(&self) -> Snapshot {
         let mut errors: Vec<LoadError> = self
             .files
             .values()
@@ -227,10 +267,17 @@ impl File {
         *self = Self {
             fingerprint: self.fingerprint,
             good,
+            text: Some(text.into()),
             ignored,
             error: None,
         };
     }
+}
+
+fn fingerprint(text: &Result<String, String>) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    text.hash(&mut hasher);
+    hasher.finish()
 }
 
 fn is_manifest(path: &Path) -> bool {

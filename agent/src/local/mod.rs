@@ -44,6 +44,8 @@ use crate::{
 
 use directory::{Directory, Snapshot};
 
+pub use directory::Texts;
+
 /// After the first change we wait this long for its companions: editors and `kubectl`-like tools
 /// write several files, or one file in several steps.
 const GATHER: Duration = Duration::from_millis(50);
@@ -59,6 +61,8 @@ pub struct Outputs {
     pub netns: watch::Sender<Netns>,
     /// Everything that is wrong in the files now; for `debug state`.
     pub errors: watch::Sender<Arc<Vec<LoadError>>>,
+    /// What the files held when they were last good; for whoever comes after us.
+    pub texts: watch::Sender<Arc<Texts>>,
 }
 
 /// Something in the files that a person should mend.
@@ -93,8 +97,10 @@ pub enum LocalError {
 }
 
 /// Reads `dir`, publishes the mesh, and goes on until `stop`. `loaded` hears of the first mesh.
+/// `before`: what an agent before us read there; it is in force until the directory can be read,
+/// and after that for files that are broken.
 pub async fn run(
-    dir: PathBuf,
+    (dir, before): (PathBuf, Option<Texts>),
     settings: Arc<MeshSettings>,
     store: Arc<MeshStore>,
     outputs: Outputs,
@@ -104,14 +110,26 @@ pub async fn run(
     let (changed, mut changes) = watch::channel(());
     // Before the first reading, so that no change falls between the two.
     let watcher = watch_directory(&dir, changed);
+    let mut directory = Directory::new(dir, Converter::new(&settings));
+    let has_before = before.is_some();
+    if let Some(texts) = before {
+        directory = directory.with_texts(texts);
+    }
     let mut writer = Writer {
-        directory: Some(Directory::new(dir, Converter::new(&settings))),
+        directory: Some(directory),
         settings,
         store,
         outputs,
         named: BTreeSet::new(),
     };
-    writer.load().await?;
+    match writer.load().await {
+        Ok(()) => {}
+        Err(error) if has_before => {
+            warn!(%error, "the manifests of the agent before are in force until these can be read");
+            writer.publish_before();
+        }
+        Err(error) => return Err(error),
+    }
     loaded();
 
     let mut stop = pin!(stop);
@@ -201,6 +219,16 @@ impl Writer {
         Ok(())
     }
 
+    /// Without having read anything.
+    fn publish_before(&mut self) {
+        if let Some(directory) = &self.directory {
+            let snapshot = directory.snapshot();
+            let version = self.store.load().version + 1;
+            let mesh = Mesh::build(Arc::clone(&self.settings), version, &snapshot.objects);
+            self.publish(mesh, snapshot);
+        }
+    }
+
     fn publish(&mut self, mesh: Mesh, snapshot: Snapshot) {
         let Snapshot {
             objects: _,
@@ -234,6 +262,9 @@ impl Writer {
             pods = mesh.workloads.len(),
             "new mesh"
         );
+        if let Some(directory) = &self.directory {
+            self.outputs.texts.send_replace(Arc::new(directory.texts()));
+        }
         self.outputs.errors.send_replace(Arc::new(errors));
         self.outputs.netns.send_replace(netns);
         self.store.publish(mesh);

@@ -512,10 +512,80 @@ async fn an_edit_is_published_without_restart_and_the_loop_ends_when_asked() {
     running.task.await.unwrap().unwrap();
 }
 
+#[tokio::test]
+async fn what_an_agent_before_read_is_in_force_until_the_directory_can_be_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let files = dir.path().join("manifests");
+    std::fs::create_dir(&files).unwrap();
+    let base = node("n1", &["192.168.0.1"]) + &meshed_namespace("shop", "");
+    std::fs::write(files.join("base.yaml"), &base).unwrap();
+    let a = pod("shop/a", "n1", &["10.1.0.1"], "");
+    std::fs::write(files.join("a.yaml"), &a).unwrap();
+    let b = pod("shop/b", "n1", &["10.1.0.2"], "");
+    std::fs::write(files.join("b.yaml"), &b).unwrap();
+    let first = start(files.clone());
+    first.loaded.await.unwrap_err();
+    let left = Texts::clone(&first.texts.borrow());
+    assert_eq!(left.len(), 3);
+    drop(first.stop);
+    first.task.await.unwrap().unwrap();
+
+    // The directory is away.
+    let away = dir.path().join("away");
+    std::fs::rename(&files, &away).unwrap();
+    let mut next = start_after(files.clone(), Some(left.clone()));
+    next.loaded.await.unwrap_err();
+    let known = |running: &Running| running.store.load().workloads.len();
+    assert_eq!(known(&next), 2);
+    assert_eq!(*next.texts.borrow_and_update(), Arc::new(left.clone()));
+    drop(next.stop);
+    next.task.await.unwrap().unwrap();
+
+    // It is there, one file is broken and one is gone: the first keeps what was good.
+    std::fs::rename(&away, &files).unwrap();
+    std::fs::write(files.join("a.yaml"), "{").unwrap();
+    std::fs::remove_file(files.join("b.yaml")).unwrap();
+    let third = start_after(files.clone(), Some(left));
+    third.loaded.await.unwrap_err();
+    let mesh = third.store.load();
+    assert!(mesh.workloads.contains_key("uid-a") && mesh.workloads.len() == 1);
+    assert_eq!(third.errors.borrow().len(), 1);
+    let texts: Vec<_> = third.texts.borrow().keys().cloned().collect();
+    assert_eq!(texts, ["a.yaml", "base.yaml"]);
+    drop(third.stop);
+    third.task.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn texts_of_an_agent_before_that_do_not_read_or_lead_elsewhere_are_passed_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let namespace = meshed_namespace("shop", "");
+    let base = node("n1", &["192.168.0.1"]) + &namespace;
+    let texts = [
+        ("base.yaml", base.as_str()),
+        ("broken.yaml", "{"),
+        ("../other.yaml", namespace.as_str()),
+        ("/etc/other.yaml", namespace.as_str()),
+        (".hidden.yaml", namespace.as_str()),
+        ("notes.txt", namespace.as_str()),
+    ];
+    let texts: Texts = texts
+        .into_iter()
+        .map(|(name, text)| (name.to_owned(), Arc::from(text)))
+        .collect();
+    let running = start_after(dir.path().join("away"), Some(texts));
+    running.loaded.await.unwrap_err();
+    let kept: Vec<_> = running.texts.borrow().keys().cloned().collect();
+    assert_eq!(kept, ["base.yaml"]);
+    drop(running.stop);
+    running.task.await.unwrap().unwrap();
+}
+
 struct Running {
     store: Arc<MeshStore>,
     netns: watch::Receiver<Netns>,
     errors: watch::Receiver<Arc<Vec<LoadError>>>,
+    texts: watch::Receiver<Arc<Texts>>,
     /// Errs once the guard is dropped.
     loaded: oneshot::Receiver<()>,
     stop: oneshot::Sender<()>,
@@ -523,6 +593,10 @@ struct Running {
 }
 
 fn start(dir: PathBuf) -> Running {
+    start_after(dir, None)
+}
+
+fn start_after(dir: PathBuf, before: Option<Texts>) -> Running {
     let settings = Arc::new(settings());
     let empty = Mesh::build(Arc::clone(&settings), 0, &Objects::default());
     let store = Arc::new(MeshStore::new(empty));
@@ -530,12 +604,14 @@ fn start(dir: PathBuf) -> Running {
     let (errors_sender, errors) = watch::channel(Arc::default());
     let (loading, loaded) = oneshot::channel();
     let (stop, stopped) = oneshot::channel::<()>();
+    let (texts_sender, texts) = watch::channel(Arc::default());
     let outputs = Outputs {
         netns: netns_sender,
         errors: errors_sender,
+        texts: texts_sender,
     };
     let task = tokio::spawn(run(
-        dir,
+        (dir, before),
         settings,
         Arc::clone(&store),
         outputs,
@@ -548,6 +624,7 @@ fn start(dir: PathBuf) -> Running {
         store,
         netns,
         errors,
+        texts,
         loaded,
         stop,
         task,

@@ -33,7 +33,7 @@ pub(super) async fn accept(
 ) {
     let mut stop = pin!(stop);
     let mut pause = FIRST_PAUSE;
-    let mut taken = 0;
+    let mut taken = 0_usize;
     loop {
         let accepted = tokio::select! {
             biased;
@@ -45,7 +45,7 @@ pub(super) async fn accept(
                 pause = FIRST_PAUSE;
                 serve(stream, peer);
                 taken += 1;
-                if taken % BURST == 0 {
+                if taken.is_multiple_of(BURST) {
                     tokio::task::yield_now().await;
                 }
             }
@@ -84,28 +84,65 @@ fn word(error: &io::Error) -> &'static str {
     }
 }
 
-/// One set of tunnel listeners per thread, by SO_REUSEPORT, and where they stand.
-pub(super) fn tunnel_listeners(
-    settings: &ProxySettings,
-) -> Result<(Vec<Vec<std::net::TcpListener>>, Vec<SocketAddr>), StartError> {
-    let mut sets: Vec<Vec<std::net::TcpListener>> =
-        (0..settings.threads.max(1)).map(|_| Vec::new()).collect();
-    let mut addresses = Vec::new();
-    for wanted in wanted(settings) {
-        let failed = |source| StartError::Listen {
-            address: wanted,
-            source,
-        };
-        // Port 0: the first bind draws it, the other threads join.
-        let mut address = wanted;
-        for set in &mut sets {
-            let listener = listen(address).map_err(failed)?;
-            address = listener.local_addr().map_err(failed)?;
-            set.push(listener);
+/// Sockets that listen for tunnels, and where.
+pub struct TunnelListeners {
+    pub(super) sockets: Vec<std::net::TcpListener>,
+    pub(super) addresses: Vec<SocketAddr>,
+}
+
+impl TunnelListeners {
+    /// One socket per thread and address, by SO_REUSEPORT, in the caller's network namespace.
+    pub fn bind(settings: &ProxySettings) -> Result<Self, StartError> {
+        let mut sockets = Vec::new();
+        let mut addresses = Vec::new();
+        for wanted in wanted(settings) {
+            let failed = |source| StartError::Listen {
+                address: wanted,
+                source,
+            };
+            // Port 0: the first bind draws it, the other threads join.
+            let mut address = wanted;
+            for _ in 0..settings.threads.max(1) {
+                let listener = listen(address).map_err(failed)?;
+                address = listener.local_addr().map_err(failed)?;
+                sockets.push(listener);
+            }
+            addresses.push(address);
         }
-        addresses.push(address);
+        Ok(Self { sockets, addresses })
     }
-    Ok((sets, addresses))
+
+    /// Those that the agent before gave away. Both accept from them until that one stops, so none
+    /// of their queues is ever lost.
+    pub fn inherit(sockets: Vec<std::net::TcpListener>) -> io::Result<Self> {
+        let mut addresses = Vec::new();
+        for socket in &sockets {
+            socket.set_nonblocking(true)?;
+            let address = socket.local_addr()?;
+            if !addresses.contains(&address) {
+                addresses.push(address);
+            }
+        }
+        Ok(Self { sockets, addresses })
+    }
+
+    pub(super) fn copy(&self) -> io::Result<Vec<std::net::TcpListener>> {
+        self.sockets.iter().map(|s| s.try_clone()).collect()
+    }
+
+    /// For each thread its share. An agent before may have had fewer threads or more: each socket
+    /// is served by one thread at least, and each thread serves one socket at least.
+    pub(super) fn shares(self, threads: usize) -> io::Result<Vec<Vec<std::net::TcpListener>>> {
+        let mut shares: Vec<Vec<_>> = (0..threads.max(1)).map(|_| Vec::new()).collect();
+        let (threads, sockets) = (shares.len(), self.sockets.len());
+        for place in (sockets..threads).filter(|_| sockets > 0) {
+            shares[place].push(self.sockets[place % sockets].try_clone()?);
+        }
+        for (number, socket) in self.sockets.into_iter().enumerate() {
+            shares[number % threads].push(socket);
+        }
+        Ok(shares)
+    }
 }
 
 fn wanted(settings: &ProxySettings) -> Vec<SocketAddr> {

@@ -556,7 +556,8 @@ impl StreamPump {
     fn step_into(&mut self, cx: &mut Context<'_>) -> Step {
         let far_reset = self.socket_sends.writer_reset();
         let (rounds, chunk) = self.shared.turn();
-        let unasked = UNASKED.min(self.shared.permit.share().read_limit());
+        let limit = self.shared.permit.share().read_limit();
+        let unasked = UNASKED.min(limit);
         for _ in 0..rounds {
             if self.into.unasked >= unasked {
                 match self.poll_window(cx) {
@@ -567,13 +568,14 @@ impl StreamPump {
                     Poll::Ready(Err(end)) => return Step::Broken(end),
                     Poll::Pending => {
                         // What waits may be little, and keep all of the scratch it lies in.
-                        let piece = if chunk < CHUNK { chunk } else { SCRATCH };
+                        let piece = if limit < CHUNK { limit } else { SCRATCH };
                         self.charge_unsent(self.into.unasked.max(piece));
                         return Step::Blocked;
                     }
                 }
             }
-            let piece = if chunk < LEAST_ROOM {
+            // A piece of the shared scratch keeps all of it; that is too much when memory is scarce.
+            let piece = if limit < CHUNK {
                 let mut scratch = self.shared.scratch.plain.borrow_mut();
                 match self.socket.poll_read(cx, &mut scratch[..chunk]) {
                     Poll::Ready(Ok(read)) => Bytes::copy_from_slice(&scratch[..read]),

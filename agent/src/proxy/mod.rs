@@ -48,9 +48,10 @@ use crate::{
     state::{MeshStore, PodUid},
 };
 
+pub use accept::TunnelListeners;
 pub use limits::{Bound, CapSettings, Capacity, Caps, LimitsStatus, ShareStatus};
 pub use reason::Reason;
-pub use tunnel::TunnelStatus;
+pub use tunnel::{TunnelStatus, hbone};
 
 /// The port of tunnels, of nodes and (ztunnel's way) of pods.
 pub use picomesh_common::config::TUNNEL_PORT;
@@ -142,6 +143,8 @@ pub enum StartError {
     },
     #[error("data thread {thread}: {source}")]
     Thread { thread: usize, source: io::Error },
+    #[error("copying a tunnel listener: {source}; raise the limit of open files (ulimit -n)")]
+    Copy { source: io::Error },
 }
 
 /// The room's handle.
@@ -149,17 +152,52 @@ pub struct Proxy {
     threads: Vec<threads::ThreadHandle>,
     tunnel_addresses: Vec<SocketAddr>,
     shared: Arc<threads::Shared>,
+    /// Copies of the tunnel listeners, for a successor; given up when it has them.
+    tunnel_sockets: Mutex<Vec<std::net::TcpListener>>,
     drain: Mutex<Option<Drain>>,
 }
 
 impl Proxy {
-    /// Binds the tunnel port in the caller's network namespace and starts the data threads there.
+    /// Binds the tunnel port in the caller's network namespace, starts the data threads there and
+    /// accepts tunnels.
     pub fn start(settings: ProxySettings, around: Surroundings) -> Result<Arc<Self>, StartError> {
-        let (listeners, tunnel_addresses) = accept::tunnel_listeners(&settings)?;
+        let listeners = TunnelListeners::bind(&settings)?;
+        let own = listeners
+            .copy()
+            .map_err(|source| StartError::Copy { source })?;
+        let addresses = listeners.addresses.clone();
+        let shares = listeners
+            .shares(settings.threads)
+            .map_err(|source| StartError::Copy { source })?;
+        Self::spawn(settings, around, shares, own, addresses)
+    }
+
+    /// The same with listeners that another agent serves too; [`Proxy::accept_tunnels`] begins to
+    /// accept from them.
+    pub fn prepare(
+        settings: ProxySettings,
+        around: Surroundings,
+        listeners: &TunnelListeners,
+    ) -> Result<Arc<Self>, StartError> {
+        let own = listeners
+            .copy()
+            .map_err(|source| StartError::Copy { source })?;
+        let addresses = listeners.addresses.clone();
+        let none = (0..settings.threads.max(1)).map(|_| Vec::new()).collect();
+        Self::spawn(settings, around, none, own, addresses)
+    }
+
+    fn spawn(
+        settings: ProxySettings,
+        around: Surroundings,
+        shares: Vec<Vec<std::net::TcpListener>>,
+        tunnel_sockets: Vec<std::net::TcpListener>,
+        tunnel_addresses: Vec<SocketAddr>,
+    ) -> Result<Arc<Self>, StartError> {
         let (drain, guard) = Drain::new();
         let settings = Arc::new(settings);
         let shared = Arc::new(threads::Shared::new(settings.caps, Instant::now()));
-        let threads = listeners
+        let threads = shares
             .into_iter()
             .enumerate()
             .map(|(index, listeners)| {
@@ -181,8 +219,44 @@ impl Proxy {
             threads,
             tunnel_addresses,
             shared,
+            tunnel_sockets: Mutex::new(tunnel_sockets),
             drain: Mutex::new(Some(drain)),
         }))
+    }
+
+    /// From now on tunnels are accepted from these.
+    pub async fn accept_tunnels(&self, listeners: TunnelListeners) -> io::Result<()> {
+        let shares = listeners.shares(self.threads.len())?;
+        for (thread, listeners) in self.threads.iter().zip(shares) {
+            thread.send(threads::Command::Listen { listeners }).await;
+        }
+        Ok(())
+    }
+
+    /// Copies of the sockets that listen for tunnels, for a successor.
+    pub fn tunnel_sockets(&self) -> io::Result<Vec<std::net::TcpListener>> {
+        let sockets = self.tunnel_sockets.lock();
+        sockets
+            .iter()
+            .map(std::net::TcpListener::try_clone)
+            .collect()
+    }
+
+    /// A successor accepts everything from here on. Tunnels are not accepted any more and those
+    /// that stand are said goodbye; the pods' listeners, which nobody leads anybody to any more,
+    /// are closed when their queues have been empty for a while. [`Proxy::drain`] waits for that.
+    pub async fn retire(&self) {
+        self.tunnel_sockets.lock().clear();
+        let mut answers = Vec::with_capacity(self.threads.len());
+        for thread in &self.threads {
+            let (done, answer) = oneshot::channel();
+            thread.send(threads::Command::Retire { done }).await;
+            answers.push(answer);
+        }
+        for answer in answers {
+            // A thread that has ended serves nobody: nothing to wait for.
+            let _ended = answer.await;
+        }
     }
 
     /// Where tunnels are accepted.
@@ -259,7 +333,7 @@ impl Proxy {
     }
 
     /// Goodbye to all peers; open connections have until `deadline`, then they are reset. Accepting
-    /// goes on to the last moment. A second call returns at once.
+    /// goes on to the last moment, unless a successor does it. A second call returns at once.
     pub async fn drain(&self, deadline: Duration) -> Drained {
         let drain = self.drain.lock().take();
         match drain {

@@ -4,6 +4,11 @@
 //! A thread is told by bounded channel which pods to serve. Beside the connections it runs two
 //! small tasks: one decides again on every new mesh, one looks after tunnels and status once a
 //! second.
+//!
+//! **Retiring.** When a successor has put its own listeners in the place of ours, ours may still
+//! have connections in their queues, and half-open ones whose last packet is under way. A listener
+//! that is closed loses both. So they stay open until nobody has come for a while; only then are
+//! they closed, and only after that may the thread end.
 
 use std::{
     cell::{Cell, RefCell},
@@ -47,6 +52,13 @@ use crate::{
 const TICK: Duration = Duration::from_secs(1);
 /// Lines about refused tunnels; the rest is counted.
 const FAILURE_WORDS: Rate = Rate::new(10, 50);
+/// After a hand-over the pods' listeners are open for so long at least: a handshake whose SYN-ACK
+/// was lost once takes a second more.
+const RETIRING: Duration = Duration::from_secs(3);
+/// … and until nobody has come for so long.
+const QUIET: Duration = Duration::from_secs(1);
+/// … and no longer than this: nobody is led there any more.
+const LONGEST_RETIRING: Duration = Duration::from_secs(10);
 
 /// What a thread is told.
 pub(super) enum Command {
@@ -59,6 +71,12 @@ pub(super) enum Command {
         uid: PodUid,
         done: oneshot::Sender<()>,
     },
+    /// Accept tunnels from these too.
+    Listen {
+        listeners: Vec<std::net::TcpListener>,
+    },
+    /// A successor accepts from now on.
+    Retire { done: oneshot::Sender<()> },
 }
 
 /// What few connections need and all threads share.
@@ -132,6 +150,7 @@ pub(super) struct Thread {
     pods: RefCell<HashMap<PodUid, Rc<Pod>>>,
     /// Strangers' failures are worth a line, but not one each.
     pub(super) failure_words: Bucket,
+    retiring: Retiring,
     /// Pods of this node that were meshed a while ago, and until when that counts.
     left: RefCell<HashMap<PodUid, Instant>>,
 }
@@ -155,6 +174,57 @@ impl Pod {
     fn stop(&self) {
         self.stopped.set(true);
         self.stop.notify_waiters();
+    }
+}
+
+/// How far a thread has come that accepts no more.
+#[derive(Default)]
+struct Retiring {
+    begun: Cell<bool>,
+    begins: Notify,
+    /// Connections accepted from pods' listeners, ever.
+    accepted: Cell<u64>,
+    /// Of these, those whose story goes on; the drain waits for them too.
+    served: Cell<usize>,
+    /// The pods' listeners are still open.
+    listening: Cell<bool>,
+    idle: Notify,
+}
+
+impl Retiring {
+    async fn begun(&self) {
+        while !self.begun.get() {
+            self.begins.notified().await;
+        }
+    }
+
+    /// Returns when nothing is accepted any more and everything accepted is over.
+    async fn idle(&self) {
+        while self.listening.get() || self.served.get() > 0 {
+            self.idle.notified().await;
+        }
+    }
+}
+
+/// A connection from accept to its record.
+struct Served(Rc<Thread>);
+
+impl Served {
+    fn new(thread: &Rc<Thread>) -> Self {
+        let retiring = &thread.retiring;
+        retiring.accepted.set(retiring.accepted.get() + 1);
+        retiring.served.set(retiring.served.get() + 1);
+        Self(Rc::clone(thread))
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        let retiring = &self.0.retiring;
+        retiring.served.set(retiring.served.get() - 1);
+        if retiring.served.get() == 0 {
+            retiring.idle.notify_waiters();
+        }
     }
 }
 
@@ -290,14 +360,10 @@ async fn run(
         loads: Loads::default(),
         pods: RefCell::new(HashMap::new()),
         failure_words: Bucket::new(FAILURE_WORDS, Instant::now()),
+        retiring: Retiring::default(),
         left: RefCell::new(HashMap::new()),
     });
-    for listener in listeners {
-        match TcpListener::from_std(listener) {
-            Ok(listener) => serve_tunnels(&thread, listener),
-            Err(error) => tracing::error!(%error, "cannot serve the tunnel port"),
-        }
-    }
+    listen(&thread, listeners);
     spawn_local(follow_mesh(Rc::clone(&thread)));
     spawn_local(tick(Rc::clone(&thread), status));
 
@@ -319,6 +385,7 @@ async fn run(
     thread.tunnels.say_goodbye();
     // Commands are obeyed to the end: a pod that comes now is served too.
     let finished = async {
+        thread.retiring.idle().await;
         thread.conns.empty().await;
         thread.tunnels.empty().await;
     };
@@ -357,6 +424,58 @@ fn obey(thread: &Rc<Thread>, command: Command) {
                 pod.stop();
             }
             let _nobody = done.send(());
+        }
+        Command::Listen { listeners } => listen(thread, listeners),
+        Command::Retire { done } => {
+            retire(thread);
+            let _nobody = done.send(());
+        }
+    }
+}
+
+fn listen(thread: &Rc<Thread>, listeners: Vec<std::net::TcpListener>) {
+    for listener in listeners {
+        match TcpListener::from_std(listener) {
+            Ok(listener) => serve_tunnels(thread, listener),
+            Err(error) => tracing::error!(%error, "cannot serve the tunnel port"),
+        }
+    }
+}
+
+fn retire(thread: &Rc<Thread>) {
+    if thread.retiring.begun.replace(true) {
+        return;
+    }
+    thread.retiring.begins.notify_waiters();
+    thread.tunnels.retire();
+    thread.retiring.listening.set(true);
+    let thread = Rc::clone(thread);
+    spawn_local(async move {
+        quiet(&thread.retiring).await;
+        // Not taken out of the table: what came before by a tunnel still needs sockets in them.
+        for pod in thread.pods.borrow().values() {
+            pod.stop();
+        }
+        // Each of the loops takes what is queued in its last turn.
+        for _ in 0..4 {
+            tokio::task::yield_now().await;
+        }
+        thread.retiring.listening.set(false);
+        thread.retiring.idle.notify_waiters();
+    });
+}
+
+/// Returns when nobody has come for a while.
+async fn quiet(retiring: &Retiring) {
+    let begun = Instant::now();
+    let (mut seen, mut since) = (retiring.accepted.get(), begun);
+    while begun.elapsed() < LONGEST_RETIRING {
+        tokio::time::sleep(QUIET / 4).await;
+        if retiring.accepted.get() != seen {
+            (seen, since) = (retiring.accepted.get(), Instant::now());
+        }
+        if begun.elapsed() >= RETIRING && since.elapsed() >= QUIET {
+            return;
         }
     }
 }
@@ -406,14 +525,17 @@ fn serve_pod(thread: &Rc<Thread>, pod: &Rc<Pod>, direction: Direction, listener:
                 Ok(permit) => permit,
                 Err(refusal) => return refuse(&thread, &pod, direction, &stream, peer, &refusal),
             };
+            let served = Served::new(&thread);
             let (thread, pod) = (Rc::clone(&thread), Rc::clone(&pod));
             match direction {
-                Direction::Outbound => drop(spawn_local(outbound::serve(
-                    thread, pod, stream, peer, permit,
-                ))),
-                Direction::Inbound => drop(spawn_local(inbound::serve(
-                    thread, pod, stream, peer, permit,
-                ))),
+                Direction::Outbound => drop(spawn_local(async move {
+                    outbound::serve(thread, pod, stream, peer, permit).await;
+                    drop(served);
+                })),
+                Direction::Inbound => drop(spawn_local(async move {
+                    inbound::serve(thread, pod, stream, peer, permit).await;
+                    drop(served);
+                })),
             }
         };
         let failed = |word| thread.recorder.error(direction, None, word);
@@ -451,7 +573,11 @@ fn serve_tunnels(thread: &Rc<Thread>, listener: TcpListener) {
             spawn_local(server::serve(thread, stream, canonical(peer), Port::Node));
         };
         let failed = |word| thread.recorder.error(Direction::Inbound, None, word);
-        accept::accept(listener, std::future::pending(), serve, failed).await;
+        tokio::select! {
+            () = accept::accept(listener, std::future::pending(), serve, failed) => {}
+            // What is queued is the successor's: it listens at the same socket.
+            () = thread.retiring.begun() => {}
+        }
     });
 }
 

@@ -18,6 +18,7 @@ use picomesh::datapath::{
     Datapath, DatapathSettings, Desired, DesiredPod, PodEvent, PodSockets, PodStatus, Source,
 };
 use picomesh_common::{PodConfig, config::rule};
+use picomesh_tests::wait::patience;
 use tokio::{
     runtime::Runtime,
     sync::{mpsc, watch},
@@ -207,7 +208,7 @@ pub(crate) fn desired(uid: &str, netns: &Netns, ips: &[&str]) -> DesiredPod {
 
 /// Asks again until the answer is good or the time is over.
 pub(crate) fn until<T>(time: Duration, mut ask: impl FnMut() -> Result<T>) -> Result<T> {
-    let end = Instant::now() + time;
+    let end = Instant::now() + patience(time);
     loop {
         match ask() {
             Err(error) if Instant::now() > end => return Err(error),

@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use picomesh::datapath::Datapath;
-use picomesh_tests::requirements;
+use picomesh_tests::{requirements, wait::patience};
 
 use super::{
     Test,
@@ -93,9 +93,9 @@ impl World {
 
 fn dial(from: &Netns, to: SocketAddr) -> Result<TcpStream> {
     let stream = from
-        .run(move || TcpStream::connect_timeout(&to, Duration::from_secs(5)))?
+        .run(move || TcpStream::connect_timeout(&to, patience(Duration::from_secs(5))))?
         .with_context(|| format!("connect {to}"))?;
-    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    stream.set_read_timeout(Some(patience(Duration::from_secs(5))))?;
     Ok(stream)
 }
 
@@ -509,7 +509,7 @@ fn hundred() -> Result<()> {
     let took = start.elapsed();
     // Parsing objects without optimisation takes several times as long.
     let limit = Duration::from_secs(if cfg!(debug_assertions) { 30 } else { 10 });
-    ensure!(took < limit, "took {took:?}");
+    ensure!(took < patience(limit), "took {took:?}");
     let memory = std::fs::read_to_string("/proc/self/status")?;
     let memory = memory
         .lines()

@@ -211,14 +211,19 @@ fn source() -> Result<String> {
     Ok(format!("[signed-by={KEYS}] {uri}"))
 }
 
-/// The kernel's own packages of apt's plan; not the meta packages, not `linux-base`.
+/// The kernel's own packages of apt's plan, which carry its version; not those without one.
 fn parts(plan: &str) -> Vec<String> {
     plan.lines()
         .filter_map(|line| {
             let (name, rest) = line.strip_prefix("Inst ")?.split_once(" (")?;
-            let kind = ["linux-image-", "linux-binary-", "linux-modules-"]
-                .iter()
-                .find_map(|kind| name.strip_prefix(kind))?;
+            let kind = [
+                "linux-image-",
+                "linux-binary-",
+                "linux-modules-",
+                "linux-base-",
+            ]
+            .iter()
+            .find_map(|kind| name.strip_prefix(kind))?;
             kind.starts_with(|c: char| c.is_ascii_digit())
                 .then(|| format!("{name}_{}", rest.split(' ').next().unwrap_or_default()))
         })
@@ -271,6 +276,7 @@ mod tests {
         assert_eq!(
             parts(new),
             [
+                "linux-base-7.2.13+deb14-cloud-amd64_7.2.13-1",
                 "linux-binary-7.2.13+deb14-cloud-amd64_7.2.13-1",
                 "linux-modules-7.2.13+deb14-cloud-amd64_7.2.13-1",
                 "linux-image-7.2.13+deb14-cloud-amd64_7.2.13-1"

@@ -88,12 +88,9 @@ pub(super) fn write(built: &Built, kernel: &Kernel, to: &Path) -> Result<()> {
     }
     let mut order = String::new();
     for module in with_dependencies(&kernel.modules)? {
-        let file = Path::new(&module)
-            .file_name()
-            .context("a module without a name")?
-            .to_string_lossy()
-            .into_owned();
-        archive.copy(&kernel.modules.join(&module), &format!("/modules/{file}"))?;
+        let file = format!("{}.ko", name_of(&module));
+        let bytes = unpacked(&kernel.modules.join(&module))?;
+        archive.file(&format!("/modules/{file}"), 0o644, &bytes)?;
         order.push_str(&file);
         order.push('\n');
     }
@@ -130,6 +127,30 @@ pub(super) fn write(built: &Built, kernel: &Kernel, to: &Path) -> Result<()> {
     archive.file("/tests/smoke", 0o644, smoke.as_bytes())?;
     archive.finish()?;
     Ok(())
+}
+
+/// A module as the kernel takes it; busybox unpacks none.
+fn unpacked(module: &Path) -> Result<Vec<u8>> {
+    let extension = module.extension().unwrap_or_default();
+    if extension == "ko" {
+        return fs::read(module).with_context(|| format!("read {}", module.display()));
+    }
+    ensure!(
+        extension == "xz",
+        "{} is packed by neither xz nor nothing: teach `unpacked` how",
+        module.display()
+    );
+    let output = Command::new("xz")
+        .args(["--decompress", "--stdout"])
+        .arg(module)
+        .output()
+        .context("start xz")?;
+    ensure!(
+        output.status.success(),
+        "xz cannot unpack {}",
+        module.display()
+    );
+    Ok(output.stdout)
 }
 
 /// Paths below the modules' directory, in the order in which they can be loaded.

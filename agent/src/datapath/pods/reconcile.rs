@@ -19,6 +19,7 @@ use super::{
     enrolment,
     error::PodError,
     leaving::{self, Leave},
+    pause::Turns,
     table::{Job, Outcome, Table},
 };
 use crate::state::PodUid;
@@ -34,6 +35,7 @@ pub(super) struct Reconciler {
     pub(super) core: Arc<Core>,
     pub(super) table: Arc<Mutex<Table>>,
     pub(super) kick: Arc<Notify>,
+    pub(super) turns: Arc<Turns>,
 }
 
 impl Reconciler {
@@ -51,6 +53,7 @@ impl Reconciler {
         }
         let mut next_full = Instant::now();
         loop {
+            let turn = self.turns.take().await;
             let now = Instant::now();
             let all = now >= next_full;
             if all {
@@ -59,6 +62,7 @@ impl Reconciler {
             }
             let jobs = self.table.lock().jobs(all, now);
             self.work(jobs).await;
+            drop(turn);
 
             let wake = self.table.lock().next_look(Instant::now());
             let wake = wake.map_or(next_full, |wake| wake.min(next_full));
@@ -98,6 +102,7 @@ impl Reconciler {
         let mut jobs = jobs.into_iter();
         loop {
             while running.len() < WORKERS
+                && !self.turns.is_asked()
                 && let Some((uid, job)) = jobs.next()
             {
                 let (core, standing) = (Arc::clone(&self.core), Arc::clone(&standing));

@@ -338,6 +338,91 @@ async fn no_handshake_fails_while_the_authority_is_replaced() {
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn what_an_agent_left_serves_at_once_and_nobody_is_asked() {
+    let before = World::start(&["alice", "bob"]).await;
+    let left = before.identities.held();
+    assert_eq!(left.len(), 2);
+    before.driver.abort();
+    before.signer.set(Mood::Fail);
+
+    let world = before.next(left.clone());
+    assert_eq!(world.call("alice", "bob").await, Ok(()));
+    world.want(&["alice", "bob"]);
+    tokio::time::sleep(HOUR).await;
+    assert_eq!(world.call("alice", "bob").await, Ok(()));
+    for name in ["alice", "bob"] {
+        assert_eq!(world.status(name).state, "ready");
+        assert!(
+            world.asked_by(name).len() == 1,
+            "asked by the first agent only"
+        );
+    }
+    // Whom nobody wants is forgotten as ever.
+    world.want(&["alice"]);
+    tokio::time::sleep(HOUR).await;
+    assert_eq!(world.identities.held().len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_left_and_is_expired_foreign_or_anothers_is_not_used() {
+    let before = World::start(&["alice", "bob"]).await;
+    let left = before.identities.held();
+    before.driver.abort();
+
+    // Another's key, another's certificate, no key at all, no certificate at all.
+    let (alice, bob) = (&left[0], &left[1]);
+    let swapped = [
+        Held {
+            pkcs8: bob.pkcs8.clone(),
+            ..alice.clone()
+        },
+        Held {
+            chain: alice.chain.clone(),
+            pkcs8: alice.pkcs8.clone(),
+            ..bob.clone()
+        },
+    ];
+    let broken = [
+        Held {
+            pkcs8: Arc::from(&b"no key"[..]),
+            ..alice.clone()
+        },
+        Held {
+            chain: Vec::new(),
+            ..bob.clone()
+        },
+    ];
+    for wrong in [swapped, broken] {
+        let world = before.next(wrong.to_vec());
+        assert!(world.identities.held().is_empty());
+        world.driver.abort();
+    }
+
+    // Of an authority that is not this one.
+    let other = World::idle();
+    let (foreign, driver) = Identities::start_with(
+        other.signer.clone(),
+        Settings {
+            clock: other.clock.clone(),
+            ..Settings::new(TRUST_DOMAIN.into())
+        },
+        left.clone(),
+    )
+    .unwrap();
+    assert!(foreign.held().is_empty());
+    driver.abort();
+
+    before.clock.jump(LIFE + HOUR);
+    let late = before.next(left);
+    assert!(late.identities.held().is_empty());
+    assert!(
+        late.identities
+            .client_config(&identity("alice"), &identity("bob"))
+            .is_err()
+    );
+}
+
 struct World {
     clock: Arc<TestClock>,
     signer: Arc<TestSigner>,
@@ -357,6 +442,22 @@ impl World {
         Self {
             clock,
             signer,
+            identities,
+            driver,
+        }
+    }
+
+    /// The next agent of the same node and signer, with what this one left.
+    fn next(&self, held: Vec<Held>) -> Self {
+        let settings = Settings {
+            clock: self.clock.clone(),
+            ..Settings::new(TRUST_DOMAIN.into())
+        };
+        let (identities, driver) =
+            Identities::start_with(self.signer.clone(), settings, held).unwrap();
+        Self {
+            clock: self.clock.clone(),
+            signer: self.signer.clone(),
             identities,
             driver,
         }

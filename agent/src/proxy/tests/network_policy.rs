@@ -135,8 +135,8 @@ fn ingress_is_decided_by_the_pod_that_calls_on_every_way() {
         refused(&near, CALLER, at(NEIGHBOUR, PORT)).await;
         let _served = open(&plain, UNMESHED, at(CALLEE, 9090)).await;
         // The caller's agent can say why, whoever decided.
-        for target in [at(SERVICE, 80), at(NEIGHBOUR, PORT)] {
-            let words = ["outbound", "network_policy_ingress", &target.to_string()];
+        for endpoint in [at(CALLEE, PORT), at(NEIGHBOUR, PORT)] {
+            let words = ["outbound", "network_policy_ingress", &endpoint.to_string()];
             world.one.logged(&words).await;
         }
         world.objects.network_policies.clear();

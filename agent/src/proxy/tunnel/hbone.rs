@@ -53,7 +53,8 @@ pub(super) fn client() -> h2::client::Builder {
     builder
 }
 
-pub(super) fn server() -> h2::server::Builder {
+/// How we accept tunnels.
+pub fn server() -> h2::server::Builder {
     let mut builder = h2::server::Builder::new();
     builder
         .initial_window_size(WINDOW)
@@ -109,7 +110,7 @@ impl Windows {
 }
 
 /// A CONNECT to `target` for `client`.
-pub(super) fn connect(client: SocketAddr, target: SocketAddr) -> Option<Request<()>> {
+pub fn connect(client: SocketAddr, target: SocketAddr) -> Option<Request<()>> {
     let authority = Bytes::from(target.to_string());
     let mut request = Request::new(());
     *request.method_mut() = Method::CONNECT;
@@ -123,7 +124,7 @@ pub(super) fn connect(client: SocketAddr, target: SocketAddr) -> Option<Request<
 }
 
 /// The target of a CONNECT: an address and a port, nothing to look up.
-pub(super) fn target(request: &Request<h2::RecvStream>) -> Result<SocketAddr, Reason> {
+pub fn target<B>(request: &Request<B>) -> Result<SocketAddr, Reason> {
     if request.method() != Method::CONNECT {
         return Err(Reason::BadRequest);
     }
@@ -136,7 +137,7 @@ pub(super) fn target(request: &Request<h2::RecvStream>) -> Result<SocketAddr, Re
 }
 
 /// The client that the request claims to speak for. No port: zero.
-pub(super) fn claimed_client(headers: &HeaderMap) -> Result<Option<SocketAddr>, Reason> {
+pub fn claimed_client(headers: &HeaderMap) -> Result<Option<SocketAddr>, Reason> {
     let mut values = headers.get_all(header::FORWARDED).iter();
     let Some(value) = values.next() else {
         return Ok(None);

@@ -2,16 +2,22 @@
 //!
 //! [`pool`] opens them and [`server`] accepts them; [`hbone`] is what both sides must agree on,
 //! [`wire`] the TCP below TLS. [`admission`] bounds what strangers may cost before they have proven
-//! who they are, [`flood`] what peers may cost afterwards. Nothing here resolves or decides where a connection goes.
+//! who they are, [`flood`] what peers may cost afterwards. Nothing here resolves or decides where a
+//! connection goes.
 
 mod admission;
 mod flood;
-mod hbone;
+pub mod hbone;
 mod pool;
 pub(super) mod server;
 mod wire;
 
-use std::{cell::RefCell, net::SocketAddr, rc::Rc, time::Duration};
+use std::{
+    cell::{Cell, RefCell},
+    net::SocketAddr,
+    rc::Rc,
+    time::Duration,
+};
 
 use serde::Serialize;
 use tokio::sync::Notify;
@@ -45,11 +51,16 @@ pub struct TunnelStatus {
 #[derive(Default)]
 pub(super) struct Tunnels {
     open: RefCell<Vec<Rc<ServerTunnel>>>,
+    /// A successor accepts: whoever finishes a handshake now is sent there.
+    retiring: Cell<bool>,
     emptied: Notify,
 }
 
 impl Tunnels {
     fn add(&self, tunnel: &Rc<ServerTunnel>) {
+        if self.retiring.get() {
+            tunnel.say_goodbye();
+        }
         self.open.borrow_mut().push(Rc::clone(tunnel));
     }
 
@@ -66,6 +77,12 @@ impl Tunnels {
         for tunnel in self.open.borrow().iter() {
             tunnel.say_goodbye();
         }
+    }
+
+    /// Goodbye to everybody, and to whoever comes late.
+    pub(super) fn retire(&self) {
+        self.retiring.set(true);
+        self.say_goodbye();
     }
 
     /// Returns when no tunnel is left.

@@ -1,0 +1,87 @@
+//! What this agent leaves to its successor, room by room, and in which order.
+
+use std::{
+    io,
+    net::SocketAddr,
+    os::fd::OwnedFd,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use futures_util::future::BoxFuture;
+use parking_lot::Mutex;
+use tokio::task::AbortHandle;
+
+use super::RunDir;
+use crate::{
+    datapath::{Datapath, Paused},
+    handover::{message::What, predecessor},
+    proxy::Proxy,
+};
+
+/// The run directory, until it is the successor's.
+pub(super) type HeldRunDir = Arc<Mutex<Option<RunDir>>>;
+
+pub(super) struct Estate {
+    pub(super) run_dir: HeldRunDir,
+    /// A copy of the socket of metrics and readiness, until the successor has it.
+    pub(super) metrics: Mutex<Option<(SocketAddr, OwnedFd)>>,
+    pub(super) proxy: Arc<Proxy>,
+    pub(super) datapath: Arc<Datapath>,
+    /// Held from `commit` to the end, or until the successor died.
+    pub(super) paused: Mutex<Option<Paused>>,
+    /// The snapshot is ours to write.
+    pub(super) writes: Arc<AtomicBool>,
+    /// Those who accept from sockets that the successor shares or has put its own in the place of.
+    pub(super) accepting: Vec<AbortHandle>,
+}
+
+impl predecessor::Estate for Estate {
+    fn files(&self) -> io::Result<Vec<(What, OwnedFd)>> {
+        let mut files = Vec::new();
+        if let Some(run_dir) = &*self.run_dir.lock() {
+            files.push((What::Lock, run_dir.lock()?));
+        }
+        if let Some((address, socket)) = &*self.metrics.lock() {
+            let address = *address;
+            files.push((What::Metrics { address }, socket.try_clone()?));
+        }
+        for socket in self.proxy.tunnel_sockets()? {
+            let address = socket.local_addr()?;
+            files.push((What::Tunnels { address }, socket.into()));
+        }
+        Ok(files)
+    }
+
+    fn pause(&self) -> BoxFuture<'_, ()> {
+        Box::pin(async {
+            self.writes.store(false, Ordering::Release);
+            let paused = self.datapath.pause().await;
+            *self.paused.lock() = Some(paused);
+        })
+    }
+
+    fn resume(&self) -> BoxFuture<'_, ()> {
+        Box::pin(async {
+            let paused = self.paused.lock().take();
+            if let Some(paused) = paused {
+                self.datapath.resume(paused).await;
+            }
+            self.writes.store(true, Ordering::Release);
+        })
+    }
+
+    fn leave(&self) -> BoxFuture<'_, ()> {
+        Box::pin(async {
+            for task in &self.accepting {
+                task.abort();
+            }
+            self.metrics.lock().take();
+            self.proxy.retire().await;
+            self.datapath.let_go();
+            self.run_dir.lock().take();
+        })
+    }
+}

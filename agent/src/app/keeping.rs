@@ -1,0 +1,212 @@
+//! Keeps the snapshot: what the next agent begins with if its sources are away, and what this one
+//! finds of the one before.
+//!
+//! Written soon after a change, and only while this agent is the one that repairs: a successor that
+//! has committed writes its own. Nothing here may fail a start.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use rustls::pki_types::CertificateDer;
+use tokio::{sync::watch, task::spawn_blocking, time::sleep};
+use tracing::{info, warn};
+
+use crate::{
+    config::Config,
+    identity::{Bundle, Held, Identities},
+    local::Texts,
+    snapshot::{self, Der, HeldKey, Keys, Origin, State},
+    state::Identity,
+};
+
+/// After a change its companions are waited for.
+const GATHER: Duration = Duration::from_millis(300);
+
+/// Where the snapshot lies and what must stand on it.
+#[derive(Clone)]
+pub(super) struct Keeper {
+    dir: Arc<Path>,
+    state: Origin,
+    keys: Origin,
+    /// Keys may be written: what is in `dir` ends with the boot.
+    in_memory: bool,
+}
+
+/// What an agent before knew of identities.
+pub(super) struct Known {
+    pub(super) bundle: Bundle,
+    pub(super) held: Vec<Held>,
+}
+
+impl Keeper {
+    pub(super) fn new(config: &Config) -> Self {
+        let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        let origin = |source: &Path| Origin {
+            boot: boot.trim().to_owned(),
+            node: config.mesh.node.to_string(),
+            trust_domain: config.mesh.trust_domain.to_string(),
+            source: source.display().to_string(),
+        };
+        let in_memory = snapshot::is_memory(&config.run_dir);
+        if !in_memory {
+            warn!(
+                run_dir = %config.run_dir.display(),
+                "--run-dir is no tmpfs, so no keys are kept there: after a restart new certificates \
+                 are asked for"
+            );
+        }
+        Self {
+            dir: config.run_dir.clone().into(),
+            state: origin(&config.manifests),
+            keys: origin(&config.ca_dir),
+            in_memory,
+        }
+    }
+
+    /// The manifests of the agent before.
+    pub(super) fn texts(&self) -> Option<Texts> {
+        let body = self.read(snapshot::STATE, &self.state)?;
+        let state = State::decode(&body).map_err(|error| ignored(snapshot::STATE, &error));
+        let texts = state.ok()?.manifests.into_iter();
+        Some(texts.map(|(name, text)| (name, text.into())).collect())
+    }
+
+    /// The keys of the agent before; which of them are still good, `identity` sees.
+    pub(super) fn known(&self) -> Option<Known> {
+        if !self.in_memory {
+            return None;
+        }
+        let body = self.read(snapshot::KEYS, &self.keys)?;
+        let keys = Keys::decode(&body).map_err(|error| ignored(snapshot::KEYS, &error));
+        let Keys { anchors, held } = keys.ok()?;
+        let held = held.into_iter().filter_map(|held| {
+            let Some(identity) = Identity::from_spiffe_id(&held.identity) else {
+                ignored(
+                    snapshot::KEYS,
+                    &format!("{:?} is no identity", held.identity),
+                );
+                return None;
+            };
+            Some(Held {
+                identity,
+                chain: held.chain.into_iter().map(certificate).collect(),
+                pkcs8: held.key.0.into(),
+            })
+        });
+        let known = Known {
+            held: held.collect(),
+            bundle: Bundle {
+                anchors: anchors.into_iter().map(certificate).collect(),
+            },
+        };
+        (!known.bundle.anchors.is_empty()).then_some(known)
+    }
+
+    fn read(&self, name: &'static str, origin: &Origin) -> Option<Vec<u8>> {
+        match snapshot::read(&self.dir, name, origin) {
+            Ok(body) => body,
+            Err(error) => {
+                ignored(name, &error);
+                None
+            }
+        }
+    }
+
+    /// Writes after every change, while `writes` says so.
+    pub(super) async fn keep(
+        self,
+        mut texts: watch::Receiver<Arc<Texts>>,
+        identities: Identities,
+        bundle: watch::Receiver<Arc<Bundle>>,
+        writes: Arc<AtomicBool>,
+    ) {
+        let mut certificates = identities.changed();
+        // What was there before we came is not trusted to be ours.
+        let (mut state_due, mut keys_due) = (true, true);
+        let mut written: Option<Arc<Texts>> = None;
+        loop {
+            sleep(GATHER).await;
+            if writes.load(Ordering::Acquire) {
+                let now = texts.borrow_and_update().clone();
+                if state_due && written.as_ref() != Some(&now) {
+                    self.write(snapshot::STATE, self.state.clone(), encode_state(&now))
+                        .await;
+                    written = Some(now);
+                }
+                state_due = false;
+                if keys_due && self.in_memory {
+                    let keys = encode_keys(&identities, &bundle.borrow());
+                    self.write(snapshot::KEYS, self.keys.clone(), keys).await;
+                }
+                keys_due = false;
+            }
+            tokio::select! {
+                changed = texts.changed() => match changed {
+                    Ok(()) => state_due = true,
+                    // The manifests are no longer read; the keys may still change.
+                    Err(_) => sleep(Duration::from_secs(1)).await,
+                },
+                changed = certificates.changed() => match changed {
+                    Ok(()) => keys_due = true,
+                    Err(_) => return,
+                },
+                // A successor that had committed is dead, perhaps: ours counts again.
+                () = until(&writes), if state_due || keys_due => {}
+            }
+        }
+    }
+
+    async fn write(&self, name: &'static str, origin: Origin, body: Vec<u8>) {
+        let dir = self.dir.clone();
+        let written = spawn_blocking(move || snapshot::write(&dir, name, &origin, &body)).await;
+        if let Ok(Err(error)) = written {
+            // One that is older than what is in force would be worse than none.
+            snapshot::remove(&self.dir, name);
+            warn!(%error, "no snapshot");
+        }
+    }
+}
+
+async fn until(writes: &AtomicBool) {
+    while !writes.load(Ordering::Acquire) {
+        sleep(GATHER).await;
+    }
+}
+
+fn encode_state(texts: &Texts) -> Vec<u8> {
+    let manifests: BTreeMap<String, String> = texts
+        .iter()
+        .map(|(name, text)| (name.clone(), text.to_string()))
+        .collect();
+    State { manifests }.encode()
+}
+
+fn encode_keys(identities: &Identities, bundle: &Bundle) -> Vec<u8> {
+    let der = |certificate: &CertificateDer<'_>| Der(certificate.to_vec());
+    let held = identities.held().into_iter().map(|held| HeldKey {
+        identity: held.identity.to_string(),
+        chain: held.chain.iter().map(der).collect(),
+        key: Der(held.pkcs8.to_vec()),
+    });
+    Keys {
+        anchors: bundle.anchors.iter().map(der).collect(),
+        held: held.collect(),
+    }
+    .encode()
+}
+
+fn certificate(der: Der) -> CertificateDer<'static> {
+    CertificateDer::from(der.0)
+}
+
+fn ignored(name: &str, error: &dyn std::fmt::Display) {
+    info!(snapshot = name, %error, "a snapshot does not count and is ignored");
+}

@@ -1,0 +1,403 @@
+//! The side that is there: offers what it has, goes on as before until the successor serves, and
+//! then leaves.
+//!
+//! `app` binds [`Server`] in the run directory and gives it an [`Estate`]. Strangers cost a place
+//! among a few for a few seconds, and nothing else.
+
+use std::{
+    fs, io,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::PermissionsExt,
+    },
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use futures_util::future::BoxFuture;
+use rustix::net::{SocketFlags, accept_with};
+use socket2::{Domain, SockAddr, Socket};
+use thiserror::Error;
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    sync::{Semaphore, watch},
+    time::{Instant, sleep, timeout_at},
+};
+use tracing::{debug, info, warn};
+
+use super::{
+    Channel, ChannelError, NAME,
+    channel::{Received, packets, watched},
+    message::{Hello, Malformed, Message, OLDEST_PROTOCOL, Offer, PROTOCOL, What},
+};
+
+/// Conversations at a time, the successor's among them.
+const CONVERSATIONS: usize = 32;
+/// Callers that wait for one. A successor that is not answered in time takes us for dead.
+const BACKLOG: i32 = 128;
+/// Messages that we do not know, in one conversation.
+const MOST_UNKNOWN: usize = 16;
+
+/// What is left to the next agent, and how.
+pub trait Estate: Send + Sync + 'static {
+    /// Copies of all open files that are handed over.
+    fn files(&self) -> io::Result<Vec<(What, OwnedFd)>>;
+    /// From when this returns, nothing is repaired or written down any more.
+    fn pause(&self) -> BoxFuture<'_, ()>;
+    /// The successor is dead: everything as before.
+    fn resume(&self) -> BoxFuture<'_, ()>;
+    /// The successor serves. Accepts no more, gives up all it shares; returns when it has.
+    fn leave(&self) -> BoxFuture<'_, ()>;
+}
+
+/// How far it has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    Alone,
+    /// A successor was made an offer.
+    Underway,
+    /// It serves.
+    Taken,
+}
+
+/// How long the successor may take for what.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    /// For its first word.
+    pub hello: Duration,
+    /// To read manifests and get certificates.
+    pub ready: Duration,
+    /// To listen in every pod.
+    pub taken: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self {
+            hello: Duration::from_secs(2),
+            ready: Duration::from_secs(300),
+            taken: Duration::from_secs(60),
+        }
+    }
+}
+
+/// Who may succeed, and what it is told.
+#[derive(Clone, Debug)]
+pub struct Terms {
+    pub version: String,
+    pub node: String,
+    pub layout: u32,
+    /// How long our connections go on afterwards.
+    pub drain: Duration,
+    pub patience: Patience,
+}
+
+#[derive(Debug, Error)]
+pub enum BindError {
+    #[error("cannot listen at {path}")]
+    Socket { path: PathBuf, source: io::Error },
+}
+
+/// Bound and not yet served.
+pub struct Server {
+    listener: AsyncFd<OwnedFd>,
+    path: PathBuf,
+}
+
+impl Server {
+    /// Listens, but where nobody calls, until [`Server::move_in`]. Only the holder of the run
+    /// directory's lock may do this, or the successor of one that has said `commit`.
+    pub fn beside(run_dir: &Path) -> Result<Self, BindError> {
+        let path = run_dir.join(NAME);
+        let bound = (|| {
+            let new = beside(&path);
+            match fs::remove_file(&new) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                Ok(()) | Err(_) => {}
+            }
+            let socket = Socket::new(Domain::UNIX, packets(), None)?;
+            socket.bind(&SockAddr::unix(&new)?)?;
+            // Nobody else gets so far before this is done: the directory is 0700.
+            fs::set_permissions(&new, fs::Permissions::from_mode(0o600))?;
+            socket.listen(BACKLOG)?;
+            watched(socket.into(), Interest::READABLE)
+        })();
+        match bound {
+            Ok(listener) => Ok(Self { listener, path }),
+            Err(source) => Err(BindError::Socket { path, source }),
+        }
+    }
+
+    /// Takes the place, and that of whatever socket is there, in one step: whoever calls meets the
+    /// one or the other. The file stays when the agent ends, and is found dead by the next.
+    pub fn move_in(&self) -> Result<(), BindError> {
+        fs::rename(beside(&self.path), &self.path).map_err(|source| BindError::Socket {
+            path: self.path.clone(),
+            source,
+        })
+    }
+
+    /// Serves until a successor has taken over. Dropping the future leaves everything as it is.
+    pub async fn serve(
+        self,
+        terms: Terms,
+        estate: Arc<dyn Estate>,
+        progress: watch::Sender<Progress>,
+    ) {
+        let house = Arc::new(House {
+            terms,
+            estate,
+            seat: Semaphore::new(1),
+            progress,
+        });
+        let places = Arc::new(Semaphore::new(CONVERSATIONS));
+        let mut seen = house.progress.subscribe();
+        loop {
+            let place = places.clone().acquire_owned();
+            let accepted = async {
+                // The semaphore is never closed.
+                let place = place.await.ok();
+                let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+                let accept = |socket: &OwnedFd| Ok(accept_with(socket, flags)?);
+                let accepted = self.listener.async_io(Interest::READABLE, accept).await;
+                (place, accepted)
+            };
+            let (place, accepted) = tokio::select! {
+                accepted = accepted => accepted,
+                // The sender is in the house.
+                _ = seen.wait_for(|progress| *progress == Progress::Taken) => return,
+            };
+            match accepted.and_then(Channel::over) {
+                Ok(channel) => {
+                    let house = Arc::clone(&house);
+                    tokio::spawn(async move {
+                        house.receive(channel).await;
+                        drop(place);
+                    });
+                }
+                Err(error) => {
+                    debug!(%error, "a call to the hand-over socket was lost");
+                    sleep(Duration::from_millis(50)).await;
+                }
+            }
+        }
+    }
+}
+
+/// Where a socket waits for its place.
+fn beside(path: &Path) -> PathBuf {
+    path.with_extension("sock.new")
+}
+
+/// What all conversations share.
+struct House {
+    terms: Terms,
+    estate: Arc<dyn Estate>,
+    /// There is one successor at a time.
+    seat: Semaphore,
+    progress: watch::Sender<Progress>,
+}
+
+/// Why a conversation ended without a successor.
+#[derive(Debug, Error)]
+enum NoSuccessor {
+    #[error("{0}")]
+    Refused(String),
+    #[error("it says {said} where {wanted} is due")]
+    OutOfTurn {
+        said: &'static str,
+        wanted: &'static str,
+    },
+    #[error("{count} files came with {said}, where none belong")]
+    Files { said: &'static str, count: usize },
+    #[error("it says nothing for {} s where {wanted} is due", waited.as_secs())]
+    Silent {
+        wanted: &'static str,
+        waited: Duration,
+    },
+    #[error(transparent)]
+    Channel(#[from] ChannelError),
+    #[error("what is to be handed over: {0}")]
+    NothingToOffer(io::Error),
+}
+
+impl House {
+    async fn receive(&self, channel: Channel) {
+        let (process, uid) = (channel.peer.pid, channel.peer.uid);
+        if !channel.peer.may_speak() {
+            warn!(
+                process,
+                uid, "a stranger called the hand-over socket; only root may"
+            );
+            return;
+        }
+        if let Err(why) = self.converse(&channel).await {
+            // It may hang up before it hears this.
+            let _gone = channel.send(&Message::refused(why.to_string()), &[]).await;
+            warn!(process, %why, "no hand-over; going on as before");
+        }
+    }
+
+    async fn converse(&self, channel: &Channel) -> Result<(), NoSuccessor> {
+        let Patience {
+            hello,
+            ready,
+            taken,
+        } = self.terms.patience;
+        match self.hear(channel, "hello", hello).await? {
+            Message::Hello(hello) => self.consider(&hello)?,
+            other => return Err(out_of_turn(&other, "hello")),
+        }
+        let Ok(_seat) = self.seat.try_acquire() else {
+            return Err(NoSuccessor::Refused(
+                "another agent is taking over already; let it finish".into(),
+            ));
+        };
+        self.progress.send_replace(Progress::Underway);
+        let taken = self.hand_over(channel, ready, taken).await;
+        self.progress.send_replace(match &taken {
+            Ok(()) => Progress::Taken,
+            Err(_) => Progress::Alone,
+        });
+        taken
+    }
+
+    async fn hand_over(
+        &self,
+        channel: &Channel,
+        ready: Duration,
+        taken: Duration,
+    ) -> Result<(), NoSuccessor> {
+        let process = channel.peer.pid;
+        info!(process, "a successor is here");
+        let (kinds, files): (Vec<What>, Vec<OwnedFd>) = self
+            .estate
+            .files()
+            .map_err(NoSuccessor::NothingToOffer)?
+            .into_iter()
+            .unzip();
+        let offer = Message::Offer(Offer {
+            protocol: PROTOCOL,
+            version: self.terms.version.clone(),
+            drain_milliseconds: self.terms.drain.as_millis().try_into().unwrap_or(u64::MAX),
+            files: kinds,
+        });
+        let borrowed: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+        channel
+            .send(&offer, &borrowed)
+            .await
+            .map_err(ChannelError::from)?;
+        drop(borrowed);
+        drop(files);
+        match self.hear(channel, "ready", ready).await? {
+            Message::Ready => {}
+            other => return Err(out_of_turn(&other, "ready")),
+        }
+
+        info!(process, "the successor is ready; it repairs from now on");
+        self.estate.pause().await;
+        let heard = match channel.send(&Message::Commit, &[]).await {
+            Ok(()) => self.hear(channel, "taken", taken).await,
+            Err(error) => Err(ChannelError::from(error).into()),
+        };
+        let heard = heard.and_then(|message| match message {
+            Message::Taken => Ok(()),
+            other => Err(out_of_turn(&other, "taken")),
+        });
+        match heard {
+            Ok(()) => {
+                info!(process, "the successor serves");
+                self.estate.leave().await;
+                Ok(())
+            }
+            Err(why) => {
+                // Told at once, so that one that lives ends by itself.
+                let _gone = channel.send(&Message::refused(why.to_string()), &[]).await;
+                if !channel.peer.fence().await {
+                    warn!(process, "cannot see whether the successor has ended");
+                }
+                self.estate.resume().await;
+                Err(why)
+            }
+        }
+    }
+
+    /// The next message that we know, with no files; it must be here in time.
+    async fn hear(
+        &self,
+        channel: &Channel,
+        wanted: &'static str,
+        patience: Duration,
+    ) -> Result<Message, NoSuccessor> {
+        let deadline = Instant::now() + patience;
+        for _ in 0..MOST_UNKNOWN {
+            match timeout_at(deadline, channel.receive()).await {
+                Err(_) => {
+                    return Err(NoSuccessor::Silent {
+                        wanted,
+                        waited: patience,
+                    });
+                }
+                Ok(Ok(Received { message, files })) if files.is_empty() => return Ok(message),
+                Ok(Ok(Received { message, files })) => {
+                    return Err(NoSuccessor::Files {
+                        said: message.name(),
+                        count: files.len(),
+                    });
+                }
+                Ok(Err(ChannelError::Malformed(Malformed::Unknown { of }))) => {
+                    debug!(of, "a message that is not known here");
+                    channel
+                        .send(&Message::Unknown { of }, &[])
+                        .await
+                        .map_err(ChannelError::from)?;
+                }
+                Ok(Err(error)) => return Err(error.into()),
+            }
+        }
+        Err(NoSuccessor::Refused(format!(
+            "{MOST_UNKNOWN} messages in a row are not known to this version"
+        )))
+    }
+
+    fn consider(&self, hello: &Hello) -> Result<(), NoSuccessor> {
+        let refuse = |reason: String| Err(NoSuccessor::Refused(reason));
+        if hello.protocol < OLDEST_PROTOCOL {
+            return refuse(format!(
+                "protocol {} is too old, {OLDEST_PROTOCOL} is the oldest spoken here; end this \
+                 agent first",
+                hello.protocol
+            ));
+        }
+        if hello.node != self.terms.node {
+            return refuse(format!(
+                "this directory belongs to the agent of node {}; give that of {} its own",
+                self.terms.node, hello.node
+            ));
+        }
+        if hello.layout != self.terms.layout {
+            return refuse(format!(
+                "the maps of layout {} cannot be handed to an agent with layout {}; end this one \
+                 first, connections wait meanwhile",
+                self.terms.layout, hello.layout
+            ));
+        }
+        Ok(())
+    }
+}
+
+fn out_of_turn(said: &Message, wanted: &'static str) -> NoSuccessor {
+    match said {
+        Message::Refused { reason } => NoSuccessor::Refused(reason.clone()),
+        Message::Hello(_)
+        | Message::Offer(_)
+        | Message::Ready
+        | Message::Commit
+        | Message::Taken
+        | Message::Unknown { .. } => NoSuccessor::OutOfTurn {
+            said: said.name(),
+            wanted,
+        },
+    }
+}
