@@ -474,13 +474,13 @@ fn authority(
     known: Option<Known>,
 ) -> anyhow::Result<Authority> {
     let trust_domain = config.mesh.trust_domain.clone();
-    let dir = &config.ca_dir;
+    let (dir, life) = (&config.ca_dir, config.certificate_life);
     let Some(Known { bundle, held }) = known else {
-        let authority = LocalCa::open(dir, trust_domain, clock)
+        let authority = LocalCa::open(dir, trust_domain, life, clock)
             .with_context(|| format!("--ca-dir {}", dir.display()))?;
         return Ok((authority.clone(), Box::pin(authority.watch()), Vec::new()));
     };
-    match LocalCa::open_existing(dir, trust_domain.clone(), clock.clone()) {
+    match LocalCa::open_existing(dir, trust_domain.clone(), life, clock.clone()) {
         Ok(authority) => Ok((authority.clone(), Box::pin(authority.watch()), held)),
         Err(error) => {
             warn!(%error, "--ca-dir: serving with the certificates of the agent before until it \
@@ -488,6 +488,7 @@ fn authority(
             let place = identity::awaited::Place {
                 dir: dir.clone(),
                 trust_domain,
+                life,
                 clock,
             };
             let awaited = AwaitedCa::new(place, bundle);

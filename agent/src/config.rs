@@ -7,6 +7,7 @@ use std::{
     ffi::OsString,
     fmt,
     net::{IpAddr, Ipv6Addr, SocketAddr},
+    ops::RangeInclusive,
     path::PathBuf,
     sync::Arc,
     time::Duration,
@@ -20,6 +21,7 @@ use crate::{
     proxy::CapSettings,
     state::{
         explain::{Direction, Question},
+        names::is_subdomain,
         objects::{DefaultPolicy, MeshSettings, OutboundDefault},
     },
     telemetry::{self, LogFormat},
@@ -57,6 +59,14 @@ pub struct RunArgs {
     /// Directory of the certificate authority: tls.crt, tls.key, ca.crt; made if it is empty.
     #[arg(long, env = "PICOMESH_CA_DIR", value_name = "DIR")]
     ca_dir: PathBuf,
+    /// How long a workload's certificate lives, 1m to 720h; it is renewed after two thirds of that.
+    #[arg(
+        long,
+        env = "PICOMESH_CERTIFICATE_LIFE",
+        value_name = "TIME",
+        default_value = "24h"
+    )]
+    certificate_life: String,
     #[command(flatten)]
     dirs: DirArgs,
     /// Trust domain of the workloads' identities.
@@ -352,6 +362,7 @@ pub struct Config {
     pub mesh: MeshSettings,
     pub manifests: PathBuf,
     pub ca_dir: PathBuf,
+    pub certificate_life: Duration,
     pub run_dir: PathBuf,
     pub bpf_dir: PathBuf,
     pub data_threads: usize,
@@ -399,6 +410,8 @@ impl BadValue {
 
 /// More threads than any board has cores.
 const MAX_DATA_THREADS: usize = 64;
+const CERTIFICATE_LIFE: RangeInclusive<Duration> =
+    Duration::from_secs(60)..=Duration::from_secs(720 * 3600);
 
 impl RunArgs {
     /// `environment` answers for a variable; it is an argument so that tests need not set any.
@@ -406,14 +419,16 @@ impl RunArgs {
         self,
         environment: impl Fn(&str) -> Option<OsString>,
     ) -> Result<Config, BadValue> {
-        let node = name("--node", self.node, 253)?;
-        let trust_domain = name("--trust-domain", self.trust_domain, 255)?;
-        let cluster_domain = name("--cluster-domain", self.cluster_domain, 253)?;
+        let node = name("--node", self.node)?;
+        let trust_domain = name("--trust-domain", self.trust_domain)?;
+        let cluster_domain = name("--cluster-domain", self.cluster_domain)?;
         if self.cluster_name.is_empty() || self.cluster_name.len() > 253 {
             let remedy = "a name of 1 to 253 characters is needed";
             return Err(BadValue::new("--cluster-name", self.cluster_name, remedy));
         }
-        if !self.manifests.is_dir() {
+        // What an agent before read there is in force until it can be read.
+        let kept = self.dirs.run_dir.join(crate::snapshot::STATE);
+        if !self.manifests.is_dir() && !kept.is_file() {
             let remedy = "is no directory; make it and put the cluster's manifests there";
             let value = self.manifests.display();
             return Err(BadValue::new("--manifests", value, remedy));
@@ -446,6 +461,7 @@ impl RunArgs {
             },
             manifests: self.manifests,
             ca_dir: self.ca_dir,
+            certificate_life: certificate_life(&self.certificate_life)?,
             run_dir: absolute("--run-dir", self.dirs.run_dir)?,
             bpf_dir: absolute("--bpf-dir", self.dirs.bpf_dir)?,
             data_threads,
@@ -533,21 +549,12 @@ pub fn wildcard_of_both_families(address: SocketAddr) -> bool {
 }
 
 /// A DNS name; also what node names and trust domains are made of.
-fn name(flag: &'static str, value: String, max: usize) -> Result<Arc<str>, BadValue> {
-    let label = |label: &str| {
-        let bytes = label.as_bytes();
-        let inner = |b: &u8| b.is_ascii_lowercase() || b.is_ascii_digit() || *b == b'-';
-        bytes.iter().all(inner)
-            && matches!(bytes, [first, .., last] if *first != b'-' && *last != b'-')
-            || matches!(bytes, [only] if only.is_ascii_lowercase() || only.is_ascii_digit())
-    };
-    if value.len() <= max && value.split('.').all(label) {
+fn name(flag: &'static str, value: String) -> Result<Arc<str>, BadValue> {
+    if is_subdomain(&value) {
         return Ok(Arc::from(value));
     }
-    let remedy = format!(
-        "a name of at most {max} lower-case letters, digits, `-` and `.` is needed, each part \
-         beginning and ending with a letter or digit"
-    );
+    let remedy = "a name of at most 253 lower-case letters, digits, `-` and `.` is needed, each \
+                  part of at most 63 and beginning and ending with a letter or digit";
     Err(BadValue::new(flag, value, remedy))
 }
 
@@ -613,6 +620,18 @@ fn duration(flag: &'static str, value: &str) -> Result<Duration, BadValue> {
             Err(BadValue::new(flag, value, remedy))
         }
     }
+}
+
+/// Within [`CERTIFICATE_LIFE`].
+fn certificate_life(value: &str) -> Result<Duration, BadValue> {
+    let flag = "--certificate-life";
+    let life = duration(flag, value)?;
+    if CERTIFICATE_LIFE.contains(&life) {
+        return Ok(life);
+    }
+    let remedy = "1m to 720h are possible: long enough to be renewed in peace, short enough that a \
+                  stolen one is of little use";
+    Err(BadValue::new(flag, value, remedy))
 }
 
 /// Names a rule of the kernel half to be left out, in test builds.
@@ -690,6 +709,7 @@ mod tests {
         assert!(config.data_threads >= 1);
         assert!(!config.istio_metrics && !config.fail_open && !config.force_clsact);
         assert_eq!(config.drain_deadline, Duration::from_secs(30));
+        assert_eq!(config.certificate_life, crate::identity::ca::LIFE);
         assert_eq!(config.log_level, "info");
         assert_eq!(config.access_log, AccessLogTarget::Stdout);
         assert_eq!(config.rules, picomesh_common::config::rule::ALL);
@@ -707,6 +727,7 @@ mod tests {
             "--tunnel-port=25008",
             "--data-threads=3",
             "--drain-deadline=250ms",
+            "--certificate-life=2m",
             "--hbone-to-pods",
             "--pod-connections=20000",
             "--pod-inbound-connections=25000",
@@ -739,6 +760,7 @@ mod tests {
         };
         assert_eq!(config.caps, caps);
         assert_eq!(config.drain_deadline, Duration::from_millis(250));
+        assert_eq!(config.certificate_life, Duration::from_secs(120));
         let path = PathBuf::from("/var/log/access");
         assert_eq!(config.access_log, AccessLogTarget::File(path));
     }
@@ -773,6 +795,14 @@ mod tests {
             (
                 ["--drain-deadline", "-1s"],
                 "--drain-deadline is \"-1s\": a whole number",
+            ),
+            (
+                ["--certificate-life", "59s"],
+                "--certificate-life is \"59s\": 1m to 720h are possible",
+            ),
+            (
+                ["--certificate-life", "721h"],
+                "--certificate-life is \"721h\": 1m to 720h are possible",
             ),
             (
                 ["--run-dir", "here"],

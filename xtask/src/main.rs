@@ -15,6 +15,7 @@ mod mutants;
 mod needs;
 mod setup;
 mod shell;
+mod soak;
 mod test;
 mod vm;
 
@@ -47,6 +48,8 @@ enum Verb {
     Mutants(mutants::Args),
     /// Feed random bytes to everything that reads bytes of others, and packets to the kernel half
     Fuzz(fuzz::Args),
+    /// Let mixed traffic run while agents die, policies change and pods come and go
+    Soak(soak::Args),
     /// Run the tier bpf and a smoke test of the mesh on other kernels, under qemu
     Vm(vm::Args),
 }
@@ -61,6 +64,7 @@ fn main() -> ExitCode {
         Verb::Test(args) => test::run(&args),
         Verb::Mutants(args) => mutants::run(&args),
         Verb::Fuzz(args) => fuzz::run(&args),
+        Verb::Soak(args) => soak::run(&args),
         Verb::Vm(args) => vm::run(&args),
     };
     done.unwrap_or_else(|e| {

@@ -18,7 +18,7 @@ use crate::{
     cache::CARGO_DENY,
     fuzz, mutants,
     needs::{self, Purpose},
-    shell, vm,
+    shell, soak, vm,
 };
 
 #[derive(clap::Args)]
@@ -33,10 +33,13 @@ pub(crate) struct Args {
     #[arg(long)]
     list: bool,
     /// Also run the tests that take much of the machine, take out one rule of the kernel half at a
-    /// time and demand red, and run `mutants`, `vm` and `fuzz`
+    /// time and demand red, and run `mutants`, `vm`, `fuzz` and a short `soak`
     #[arg(long)]
     full: bool,
 }
+
+/// Enough for every disturbance to come; before a release `cargo xtask soak` belongs beside it.
+const SOAK_MINUTES: u64 = 3;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Tier {
@@ -91,6 +94,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         total.add(vm::count());
         println!("== fuzz ==");
         total.add(fuzz::count());
+        println!("== soak ==");
+        total.add(soak::count(SOAK_MINUTES));
     }
     for name in &total.failures {
         println!("failed: {name}");

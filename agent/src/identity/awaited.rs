@@ -26,12 +26,19 @@ const AGAIN: Duration = Duration::from_secs(1);
 pub struct Place {
     pub dir: PathBuf,
     pub trust_domain: Arc<str>,
+    /// How long what it signs lives.
+    pub life: Duration,
     pub clock: Arc<dyn Clock>,
 }
 
 impl Place {
     fn look(&self) -> Result<Arc<LocalCa>, CaError> {
-        LocalCa::open_existing(&self.dir, self.trust_domain.clone(), self.clock.clone())
+        LocalCa::open_existing(
+            &self.dir,
+            self.trust_domain.clone(),
+            self.life,
+            self.clock.clone(),
+        )
     }
 }
 

@@ -43,7 +43,7 @@ use super::{
     tls::{Tls, tls_reason},
 };
 
-/// How long a workload's certificate lives, from now on.
+/// How long a workload's certificate lives from now on, unless the agent is told otherwise.
 pub const LIFE: Duration = Duration::from_secs(24 * 3600);
 /// How long before now it is valid already: boards have no clock battery.
 pub const SKEW: Duration = Duration::from_secs(3600);
@@ -59,6 +59,8 @@ const MAX_FILE: u64 = 1024 * 1024;
 pub struct LocalCa {
     dir: PathBuf,
     trust_domain: Arc<str>,
+    /// How long what is signed lives.
+    life: Duration,
     clock: Arc<dyn Clock>,
     /// What signs now. Replaced whole when the files change.
     authority: ArcSwap<Authority>,
@@ -109,6 +111,7 @@ impl LocalCa {
     pub fn open(
         dir: &Path,
         trust_domain: Arc<str>,
+        life: Duration,
         clock: Arc<dyn Clock>,
     ) -> Result<Arc<Self>, CaError> {
         make_dir(dir)?;
@@ -119,6 +122,7 @@ impl LocalCa {
         Ok(Arc::new(Self {
             dir: dir.to_owned(),
             trust_domain,
+            life,
             clock,
             authority: ArcSwap::from_pointee(authority),
             bundle: watch::Sender::new(Arc::new(bundle)),
@@ -130,13 +134,14 @@ impl LocalCa {
     pub fn open_existing(
         dir: &Path,
         trust_domain: Arc<str>,
+        life: Duration,
         clock: Arc<dyn Clock>,
     ) -> Result<Arc<Self>, CaError> {
         let (crt, key, anchors) = paths(dir);
         for path in [crt, key, anchors] {
             fs::metadata(&path).map_err(io_error("find", &path))?;
         }
-        Self::open(dir, trust_domain, clock)
+        Self::open(dir, trust_domain, life, clock)
     }
 
     /// Follows the files until dropped (it runs forever; its owner aborts it at drain).
@@ -221,7 +226,7 @@ impl LocalCa {
         let key = believed_key(csr).map_err(|error| refused(error.to_string()))?;
         self.authority
             .load()
-            .sign(identity, &key, self.clock.now())
+            .sign(identity, &key, self.clock.now(), self.life)
             .map_err(SignError::Unavailable)
     }
 }
@@ -246,13 +251,14 @@ impl Authority {
         identity: &Identity,
         key: &impl PublicKeyData,
         now: SystemTime,
+        life: Duration,
     ) -> Result<Signed, String> {
         if now >= self.not_after {
             return Err(
                 "the authority's own certificate (tls.crt) has expired: rotate it".to_owned(),
             );
         }
-        let mut params = params(now - SKEW, (now + LIFE).min(self.not_after));
+        let mut params = params(now - SKEW, (now + life).min(self.not_after));
         params.subject_alt_names = vec![SanType::URI(
             identity
                 .to_string()
@@ -432,7 +438,7 @@ fn load(
             service_account: "probe".into(),
         };
         let key = believed_key(&Request::new(&probe)?.der)?;
-        let signed = authority.sign(&probe, &key, now).map_err(&unusable)?;
+        let signed = authority.sign(&probe, &key, now, LIFE).map_err(&unusable)?;
         Tls::new(trust_domain.clone(), &bundle, clock.clone())
             .check_own(&probe, &signed.chain)
             .map_err(|error| {

@@ -1,21 +1,14 @@
 //! SPIFFE IDs and the names made of them.
 //!
-//! Everything that claims an identity comes through [`parse_spiffe_id`]: the verifiers in `tls`,
-//! the signer in `ca`, and policies in `k8s`. It accepts one spelling per identity, so that two
-//! equal identities are always two equal strings. It must not know certificates.
+//! What claims an identity in a certificate comes through [`parse_spiffe_id`]: the verifiers in
+//! `tls`, the signer in `ca`. The spelling itself is `state`'s, one per identity, so that two equal
+//! identities are always two equal strings. This room must not know certificates.
 
-use std::{fmt::Write as _, sync::Arc};
+use std::fmt::Write as _;
 
 use rustls::pki_types::{DnsName, ServerName};
 
 use crate::state::Identity;
-
-/// The longest SPIFFE ID that is read; the standard's limit.
-const MAX_URI: usize = 2048;
-/// The longest trust domain and service account name; Kubernetes' and DNS' limit.
-const MAX_NAME: usize = 253;
-/// The longest DNS label.
-const MAX_LABEL: usize = 63;
 
 /// The text is not the SPIFFE ID of a Kubernetes service account in its only accepted spelling.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
@@ -25,32 +18,11 @@ pub struct NotAWorkload {
     pub uri: String,
 }
 
-/// The trust domain setting cannot stand in a SPIFFE ID.
-#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
-#[error(
-    "trust domain {value:?} is not usable: 1 to 253 of the characters a-z 0-9 . - _ are needed, \
-     for example cluster.local"
-)]
-pub struct BadTrustDomain {
-    pub value: String,
-}
-
 /// Reads a workload's SPIFFE ID; the inverse of [`Identity`]'s `Display`.
 pub fn parse_spiffe_id(uri: &str) -> Result<Identity, NotAWorkload> {
-    parse(uri).ok_or_else(|| NotAWorkload {
+    Identity::from_spiffe_id(uri).ok_or_else(|| NotAWorkload {
         uri: uri.chars().take(128).collect(),
     })
-}
-
-/// Checks a trust domain where it enters, in the configuration.
-pub fn parse_trust_domain(value: &str) -> Result<Arc<str>, BadTrustDomain> {
-    if is_trust_domain(value) {
-        Ok(value.into())
-    } else {
-        Err(BadTrustDomain {
-            value: value.to_owned(),
-        })
-    }
 }
 
 /// `hex(SHA-256(identity))[..32].id.picomesh.internal`: SNI cannot hold a URI.
@@ -74,61 +46,8 @@ pub(super) fn server_name_text(identity: &Identity) -> String {
     name
 }
 
-/// The name Linkerd's proxies and policies give the same service account.
-pub fn linkerd_name(identity: &Identity) -> String {
-    format!(
-        "{}.{}.serviceaccount.identity.linkerd.{}",
-        identity.service_account, identity.namespace, identity.trust_domain
-    )
-}
-
-fn parse(uri: &str) -> Option<Identity> {
-    if uri.len() > MAX_URI {
-        return None;
-    }
-    let rest = uri.strip_prefix("spiffe://")?;
-    let mut parts = rest.split('/');
-    let trust_domain = parts.next().filter(|name| is_trust_domain(name))?;
-    parts.next().filter(|word| *word == "ns")?;
-    let namespace = parts.next().filter(|name| is_label(name))?;
-    parts.next().filter(|word| *word == "sa")?;
-    let service_account = parts.next().filter(|name| is_subdomain(name))?;
-    if parts.next().is_some() {
-        return None;
-    }
-    Some(Identity {
-        trust_domain: trust_domain.into(),
-        namespace: namespace.into(),
-        service_account: service_account.into(),
-    })
-}
-
-fn is_trust_domain(name: &str) -> bool {
-    !name.is_empty()
-        && name.len() <= MAX_NAME
-        && name
-            .bytes()
-            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"._-".contains(&b))
-}
-
-/// A namespace's name.
-fn is_label(name: &str) -> bool {
-    let bytes = name.as_bytes();
-    let alphanumeric = |b: &u8| b.is_ascii_lowercase() || b.is_ascii_digit();
-    bytes.len() <= MAX_LABEL
-        && bytes.first().is_some_and(alphanumeric)
-        && bytes.last().is_some_and(alphanumeric)
-        && bytes.iter().all(|b| alphanumeric(b) || *b == b'-')
-}
-
-/// A service account's name: Kubernetes allows labels joined by dots.
-fn is_subdomain(name: &str) -> bool {
-    name.len() <= MAX_NAME && name.split('.').all(is_label)
-}
-
 #[cfg(test)]
 mod tests {
-
     use proptest::prelude::*;
 
     use super::*;
@@ -139,10 +58,6 @@ mod tests {
         assert_eq!(&*id.trust_domain, "cluster.local");
         assert_eq!(&*id.namespace, "shop");
         assert_eq!(&*id.service_account, "cart.v1-a");
-        assert_eq!(
-            linkerd_name(&id),
-            "cart.v1-a.shop.serviceaccount.identity.linkerd.cluster.local"
-        );
     }
 
     #[test]
@@ -188,19 +103,6 @@ mod tests {
     }
 
     #[test]
-    fn a_trust_domain_that_cannot_stand_in_an_id_is_refused_with_a_remedy() {
-        assert_eq!(
-            &*parse_trust_domain("edge.example").unwrap(),
-            "edge.example"
-        );
-        for bad in ["", "Edge", "a/b", "a b"] {
-            let message = parse_trust_domain(bad).unwrap_err().to_string();
-            assert!(message.contains(&format!("{bad:?}")), "{message}");
-            assert!(message.contains("cluster.local"), "{message}");
-        }
-    }
-
-    #[test]
     fn the_server_name_is_the_start_of_the_ids_hash() {
         // printf spiffe://cluster.local/ns/default/sa/default | sha256sum
         let id = parse_spiffe_id("spiffe://cluster.local/ns/default/sa/default").unwrap();
@@ -220,7 +122,7 @@ mod tests {
 
         #[test]
         fn whatever_kubernetes_can_name_is_accepted(
-            td in "[a-z0-9][a-z0-9._-]{0,30}",
+            td in "[a-z0-9]([a-z0-9-]{0,20}[a-z0-9])?(\\.[a-z0-9]([a-z0-9-]{0,9}[a-z0-9])?){0,3}",
             ns in "[a-z0-9]([a-z0-9-]{0,20}[a-z0-9])?",
             sa in "[a-z0-9]([a-z0-9-]{0,20}[a-z0-9])?(\\.[a-z0-9]([a-z0-9-]{0,9}[a-z0-9])?){0,3}",
         ) {

@@ -534,7 +534,7 @@ async fn what_an_agent_before_read_is_in_force_until_the_directory_can_be_read()
     let away = dir.path().join("away");
     std::fs::rename(&files, &away).unwrap();
     let mut next = start_after(files.clone(), Some(left.clone()));
-    next.loaded.await.unwrap_err();
+    (&mut next.loaded).await.unwrap_err();
     let known = |running: &Running| running.store.load().workloads.len();
     assert_eq!(known(&next), 2);
     assert_eq!(*next.texts.borrow_and_update(), Arc::new(left.clone()));

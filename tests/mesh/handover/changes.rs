@@ -46,13 +46,12 @@ pub(super) fn agents_change_places_under_load_and_nobody_notices() -> Result<()>
     let _source = Server::start(ground.far.netns(), SOURCE_PORT, Habit::Source)?;
     let options = AgentOptions::default().arg("--drain-deadline", "2m");
     ground.mesh_with(&options)?;
-    let hooks = || -> Result<Vec<Hooks>> {
-        let pods = [&ground.near, &ground.beside, &ground.far];
-        pods.into_iter().map(|pod| Hooks::of(pod.netns())).collect()
-    };
+    let pods = [&ground.near, &ground.beside, &ground.far].map(Clone::clone);
+    let hooks =
+        || -> Result<Vec<Hooks>> { pods.iter().map(|pod| Hooks::of(pod.netns())).collect() };
     let hooks_before = hooks()?;
 
-    let (near, far, beside) = (&ground.near, &ground.far, &ground.beside);
+    let [near, beside, far] = &pods;
     let talk = Load::on_one_connection(near, far.at(PORT))?;
     let download = Load::download(near, far.at(SOURCE_PORT))?;
     let begun = Instant::now();

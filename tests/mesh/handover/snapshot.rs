@@ -138,7 +138,8 @@ pub(super) fn a_snapshot_that_does_not_count_is_ignored_with_a_line() -> Result<
         let text = fs::read_to_string(run_dir.join(STATE))?;
         ensure!(text.contains("extra.yaml"), "it is not in the snapshot");
         Ok(Some(()))
-    })?;
+    })
+    .with_context(|| ground.logs())?;
     fs::File::create(&file)?.write_all(b"kind: [")?;
     ground.agent(0)?.kill9();
     let next = ground

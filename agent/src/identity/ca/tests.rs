@@ -18,7 +18,7 @@ fn agents_that_start_at_once_end_with_the_same_authority() {
                     scope.spawn(|| {
                         start.wait();
                         let clock = Arc::new(super::super::clock::SystemClock);
-                        let ca = LocalCa::open(&inside, TRUST_DOMAIN.into(), clock).unwrap();
+                        let ca = LocalCa::open(&inside, TRUST_DOMAIN.into(), LIFE, clock).unwrap();
                         sign(&ca, "alice").unwrap();
                         ca.bundle().borrow().clone()
                     })
@@ -150,12 +150,18 @@ fn a_certificate_says_who_and_nothing_more() {
     let purposes = leaf.extended_key_usage().unwrap().unwrap().value;
     assert!(purposes.client_auth && purposes.server_auth && !purposes.any);
     let (now, validity) = (world.clock.now(), leaf.validity());
-    let close = |a: SystemTime, b: SystemTime| {
-        let apart = a.duration_since(b).unwrap_or_else(|error| error.duration());
-        apart < Duration::from_secs(2)
-    };
     assert!(close(at(validity.not_before.timestamp()), now - SKEW));
     assert!(close(at(validity.not_after.timestamp()), now + LIFE));
+}
+
+#[test]
+fn what_is_signed_lives_as_long_as_the_agent_was_told() {
+    let world = World::new();
+    let ca = world.open_for(Duration::from_secs(120)).unwrap();
+    let signed = sign(&ca, "alice").unwrap();
+    let (_, leaf) = X509Certificate::from_der(&signed.chain[0]).unwrap();
+    let end = at(leaf.validity().not_after.timestamp());
+    assert!(close(end, world.clock.now() + Duration::from_secs(120)));
 }
 
 #[test]
@@ -330,7 +336,16 @@ impl World {
     }
 
     fn open(&self) -> Result<Arc<LocalCa>, CaError> {
-        LocalCa::open(self.dir.path(), TRUST_DOMAIN.into(), self.clock.clone())
+        self.open_for(LIFE)
+    }
+
+    fn open_for(&self, life: Duration) -> Result<Arc<LocalCa>, CaError> {
+        LocalCa::open(
+            self.dir.path(),
+            TRUST_DOMAIN.into(),
+            life,
+            self.clock.clone(),
+        )
     }
 
     fn file(&self, name: &str) -> PathBuf {
@@ -340,6 +355,12 @@ impl World {
     fn read(&self, name: &str) -> Vec<u8> {
         fs::read(self.file(name)).unwrap()
     }
+}
+
+/// Certificates count whole seconds.
+fn close(a: SystemTime, b: SystemTime) -> bool {
+    let apart = a.duration_since(b).unwrap_or_else(|error| error.duration());
+    apart < Duration::from_secs(2)
 }
 
 fn sign(ca: &LocalCa, name: &str) -> Result<Signed, SignError> {

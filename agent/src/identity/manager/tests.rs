@@ -272,7 +272,7 @@ async fn the_driver_ends_when_told_and_when_nobody_is_left() {
 async fn no_handshake_fails_while_the_authority_is_replaced() {
     let dir = tempfile::tempdir().unwrap();
     let clock = TestClock::new();
-    let open = || LocalCa::open(dir.path(), TRUST_DOMAIN.into(), clock.clone()).unwrap();
+    let open = || LocalCa::open(dir.path(), TRUST_DOMAIN.into(), LIFE, clock.clone()).unwrap();
     let (left_ca, right_ca) = (open(), open());
     let watches = [
         tokio::spawn(left_ca.clone().watch()),
@@ -306,7 +306,7 @@ async fn no_handshake_fails_while_the_authority_is_replaced() {
     };
 
     let fresh = tempfile::tempdir().unwrap();
-    LocalCa::open(fresh.path(), TRUST_DOMAIN.into(), clock.clone()).unwrap();
+    LocalCa::open(fresh.path(), TRUST_DOMAIN.into(), LIFE, clock.clone()).unwrap();
     let file = |dir: &tempfile::TempDir, name: &str| dir.path().join(name);
     let text = |dir: &tempfile::TempDir, name: &str| std::fs::read(file(dir, name)).unwrap();
     let old_serial = right.status()[0].serial.clone();

@@ -24,7 +24,12 @@ use tokio::net::{TcpListener, TcpStream};
 use crate::{
     access_log::{AccessLog, Format, Style},
     datapath::{PodEvent, PodListeners, PodSockets, Source},
-    identity::{Identities, ca::LocalCa, clock::SystemClock, manager},
+    identity::{
+        Identities,
+        ca::{LIFE, LocalCa},
+        clock::SystemClock,
+        manager,
+    },
     metrics::{Metrics, MetricsSettings},
     proxy::{Proxy, ProxySettings, Surroundings, Timing},
     state::{
@@ -400,7 +405,7 @@ async fn agent(
         1,
         objects,
     )));
-    let signer = LocalCa::open(ca, "cluster.local".into(), Arc::new(SystemClock)).unwrap();
+    let signer = LocalCa::open(ca, "cluster.local".into(), LIFE, Arc::new(SystemClock)).unwrap();
     let manager = manager::Settings::new("cluster.local".into());
     let (identities, _driver) = Identities::start(signer, manager).unwrap();
     let wanted: Vec<_> = ["caller", "callee", "neighbour", "stranger"]
