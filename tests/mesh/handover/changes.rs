@@ -85,7 +85,7 @@ pub(super) fn agents_change_places_under_load_and_nobody_notices() -> Result<()>
     for crowd in crowds {
         fared.add(crowd.stop()?);
     }
-    println!(
+    eprintln!(
         "{hand_overs} hand-overs in {:?}: {} connections, {:.0} a second, longest {:?}, {} failed",
         fared.took,
         fared.opened,

@@ -91,7 +91,8 @@ pub(super) fn a_snapshot_that_does_not_count_is_ignored_with_a_line() -> Result<
     let run_dir = ground.agent(0)?.run_dir().to_owned();
     snapshots(&run_dir)?;
     let node = ground.world.node(0)?;
-    let damages: [(&str, &str, fn(&Path) -> Result<()>); 3] = [
+    type Damage = fn(&Path) -> Result<()>;
+    let damages: [(&str, &str, Damage); 3] = [
         (KEYS, "cut off", |path| {
             let bytes = fs::read(path)?;
             Ok(fs::write(path, &bytes[..bytes.len() / 2])?)

@@ -59,7 +59,7 @@ fn crowd_beside_another(connections: usize, window: Duration) -> Result<()> {
         let answers = crowd.stop()?;
         let again = p99(&ground.beside, to, window)?;
         let own = alone.max(again).max(NOISE);
-        println!(
+        eprintln!(
             "{connections} connections, {answers} answers: p99 {beside:?}, alone {alone:?} and \
              {again:?}"
         );

@@ -88,7 +88,7 @@ fn half_open(count: usize, sources: u8) -> Result<()> {
     highest = highest.max(agent.process().resident_kib()?);
 
     let cost = highest - before;
-    println!("{count} half-open handshakes in {opened_in:?}: {cost} KiB");
+    eprintln!("{count} half-open handshakes in {opened_in:?}: {cost} KiB");
     ensure!(cost <= 16 * 1024, "they cost {cost} KiB");
 
     let last = Instant::now();

@@ -128,7 +128,7 @@ fn burst(connections: usize) -> Result<()> {
                 Ok(Some(resident))
             },
         )?;
-        println!(
+        eprintln!(
             "{connections} connections: {name} idle {idle} KiB, in the burst {peak}, {now} after \
              {:?}",
             begun.elapsed()
