@@ -59,20 +59,20 @@ pub(super) async fn serve(
     pod: Rc<Pod>,
     client: TcpStream,
     peer: SocketAddr,
-    permit: Permit,
+    mut permit: Permit,
 ) {
     // An error means that the client is gone already.
     let Ok(target) = client.local_addr().map(canonical) else {
         return;
     };
     if target.port() == TUNNEL_PORT {
+        permit.established();
         return Box::pin(server::serve(thread, client, peer, Port::Pod(pod))).await;
     }
     let _hold = Hold::new(&pod, peer);
     let mut report = Report::new(Direction::Inbound, peer, target);
-    let pending = permit.pending();
     let standing = Box::pin(establish(&thread, &pod, &mut report)).await;
-    drop(pending);
+    permit.established();
     match standing {
         // Dropping the client sends RST.
         Err(refusal) => report.refused(&refusal, &thread),

@@ -213,11 +213,9 @@ struct Counts {
 pub(super) struct Permit {
     share: Arc<Share>,
     way: Way,
+    /// Its far end is being reached.
+    pending: bool,
 }
-
-/// A connection whose far end is being reached; it counts until this is dropped.
-#[derive(Debug)]
-pub(super) struct Pending<'a>(&'a Counts);
 
 /// For `debug limits` and the metrics.
 #[derive(Clone, Debug, Serialize)]
@@ -293,23 +291,25 @@ impl Limits {
 }
 
 impl Share {
-    /// Lets a new connection in, or says why not.
+    /// Lets a new connection in, or says why not. It is pending until [`Permit::established`].
     pub(super) fn admit(self: &Arc<Self>, way: Way, now: Instant) -> Result<Permit, Refusal> {
         // The permit gives back what it counted when it is dropped on the way.
         let permit = Permit {
             share: Arc::clone(self),
             way,
+            pending: true,
         };
         let counts = &self.counts[way as usize];
         let caps = self.limits.caps.of(way);
         let most = self.limits.caps.node_connections;
         let node = self.limits.open.fetch_add(1, Ordering::Relaxed);
         let own = counts.open.fetch_add(1, Ordering::Relaxed);
+        let pending = counts.pending.fetch_add(1, Ordering::Relaxed);
         let over = if own >= caps.connections {
             Over::Connections
         } else if node >= most {
             Over::Node
-        } else if counts.pending.load(Ordering::Relaxed) >= caps.pending {
+        } else if pending >= caps.pending {
             Over::Pending
         } else if !counts.arrivals.take(now) {
             Over::Rate
@@ -382,25 +382,21 @@ impl Permit {
         &self.share
     }
 
-    /// Counts among the pending until what this returns is dropped.
-    pub(super) fn pending(&self) -> Pending<'_> {
-        let counts = &self.share.counts[self.way as usize];
-        counts.pending.fetch_add(1, Ordering::Relaxed);
-        Pending(counts)
+    /// The far end is reached, or there is none.
+    pub(super) fn established(&mut self) {
+        if std::mem::take(&mut self.pending) {
+            let counts = &self.share.counts[self.way as usize];
+            counts.pending.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
+        self.established();
         let counts = &self.share.counts[self.way as usize];
         counts.open.fetch_sub(1, Ordering::Relaxed);
         self.share.limits.open.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-impl Drop for Pending<'_> {
-    fn drop(&mut self) {
-        self.0.pending.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -415,7 +411,7 @@ mod tests {
             pod_connections: 3,
             pod_inbound_connections: 4,
             pod_rate: 100,
-            pod_pending: 2,
+            pod_pending: 1000,
             pod_buffers: 1 << 20,
             node_connections: 5,
             node_buffers: 4 << 20,
@@ -508,19 +504,18 @@ mod tests {
 
     #[test]
     fn who_reaches_for_too_much_at_once_is_refused_until_something_answers() {
-        let limits = limits(|_| {});
+        let limits = limits(|caps| caps.pod_pending = 2);
         let pod = pod(&limits, "a");
         let now = Instant::now();
-        let permits = [
+        let mut permits = [
             pod.admit(Way::Dialled, now).unwrap(),
             pod.admit(Way::Dialled, now).unwrap(),
         ];
-        let pending = [permits[0].pending(), permits[1].pending()];
         assert_eq!(
             pod.admit(Way::Dialled, now).unwrap_err().reason,
             Reason::PodPending
         );
-        drop(pending);
+        permits[0].established();
         assert!(pod.admit(Way::Dialled, now).is_ok());
     }
 

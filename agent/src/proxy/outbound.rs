@@ -74,7 +74,7 @@ pub(super) async fn serve(
     pod: Rc<Pod>,
     client: TcpStream,
     peer: SocketAddr,
-    permit: Permit,
+    mut permit: Permit,
 ) {
     // An error means that the client is gone already.
     let Ok(target) = client.local_addr() else {
@@ -82,9 +82,8 @@ pub(super) async fn serve(
     };
     let mut report = Report::new(Direction::Outbound, peer, canonical(target));
     // On the heap, to be given back before the bytes flow: this part is large and short.
-    let pending = permit.pending();
     let standing = Box::pin(establish(&thread, &pod, &mut report)).await;
-    drop(pending);
+    permit.established();
     match standing {
         // Dropping the client sends RST.
         Err(refusal) => report.refused(&refusal, &thread),

@@ -537,9 +537,8 @@ async fn establish(
         Some(pod) => Arc::clone(&pod.share),
         None => thread.shared.limits.share(&callee.uid),
     };
-    let permit = share.admit(Way::Tunnelled, Instant::now())?;
+    let mut permit = share.admit(Way::Tunnelled, Instant::now())?;
     let patience = thread.settings.timing.connect;
-    let pending = permit.pending();
     let socket = match &pod {
         Some(pod) => {
             let source = Source::Keep {
@@ -551,7 +550,7 @@ async fn establish(
         None => tcp::connect(target, patience, || tcp::node_socket(target, None)).await,
     }
     .map_err(|error| Refusal::new(error.reason(), error.to_string()))?;
-    drop(pending);
+    permit.established();
     let guarded = Callee {
         uid: callee.uid.clone(),
         client,
