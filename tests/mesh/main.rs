@@ -9,6 +9,7 @@ mod handover;
 mod harness;
 mod identity_attacks;
 mod lifecycle;
+mod limits;
 mod network_policy;
 mod policy;
 mod scale;
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
             settings::TESTS,
             shown::TESTS,
             scale::TESTS,
+            limits::TESTS,
         ]
         .concat(),
     )
