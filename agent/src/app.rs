@@ -48,7 +48,7 @@ use crate::{
     identity::{self, Identities, awaited::AwaitedCa, ca::LocalCa},
     local,
     metrics::{Metrics, MetricsSettings},
-    proxy::{Proxy, ProxySettings, Surroundings, TunnelListeners},
+    proxy::{Capacity, Caps, Proxy, ProxySettings, Surroundings, TunnelListeners},
     readiness::Readiness,
     state::{Mesh, MeshStore, objects::Objects},
     telemetry::{self, LogFormat, LogLevel},
@@ -176,6 +176,13 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
         "starting"
     );
     raise_file_limit();
+    let capacity = Capacity::read();
+    let caps = Caps::derive(&config.caps, &capacity);
+    info!(
+        ?capacity,
+        ?caps,
+        "what there is, and what pods may take of it"
+    );
 
     // The lock first: whoever has it may touch sockets and pins of this directory.
     let Place { run_dir, heritage } = Box::pin(Place::take(&config)).await?;
@@ -293,6 +300,7 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
             threads: config.data_threads,
             tunnel_port: config.tunnel_port,
             hbone_to_pods: config.hbone_to_pods,
+            caps,
             ..ProxySettings::default()
         },
         Surroundings {
@@ -351,6 +359,7 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
         datapath: datapath.clone(),
         lost: lost_seen,
         proxy: proxy.clone(),
+        capacity,
     };
     let shown = Arc::new(shown);
     views::register(&shown, &metrics);

@@ -19,6 +19,7 @@ use thiserror::Error;
 
 use crate::{
     datapath::Generation,
+    proxy::CapSettings,
     state::{
         explain::{Direction, Question},
         names::is_subdomain,
@@ -149,6 +150,8 @@ pub struct RunArgs {
     /// Call pods of other nodes at their own address, as Istio's ztunnel does, not at their node.
     #[arg(long, env = "PICOMESH_HBONE_TO_PODS")]
     hbone_to_pods: bool,
+    #[command(flatten)]
+    caps: CapArgs,
     /// Attach with clsact even where the kernel has TCX.
     #[arg(long, env = "PICOMESH_FORCE_CLSACT")]
     force_clsact: bool,
@@ -178,6 +181,40 @@ pub struct RunArgs {
         default_value = "30s"
     )]
     drain_deadline: String,
+}
+
+/// What one pod may take of the node, and all together. What is over a cap is reset at once.
+#[derive(Debug, Args)]
+struct CapArgs {
+    /// Connections that one pod has dialled and that may be open: 1 to 1000000. Without it 4096, or
+    /// a sixth of the node's if that is less.
+    #[arg(long, env = "PICOMESH_POD_CONNECTIONS", value_name = "N")]
+    pod_connections: Option<u32>,
+    /// Connections from outside the node that may be open at one pod, by tunnels, and as many
+    /// plainly: 1 to 1000000. Without it a third of the node's.
+    #[arg(long, env = "PICOMESH_POD_INBOUND_CONNECTIONS", value_name = "N")]
+    pod_inbound_connections: Option<u32>,
+    /// Connections that one pod may dial per second, and as many at once: 1 to 1000000. Without it
+    /// 5000. Twice as many may come to it.
+    #[arg(long, env = "PICOMESH_POD_CONNECTION_RATE", value_name = "N")]
+    pod_connection_rate: Option<u32>,
+    /// Connections that one pod has dialled and that may wait for their far end: 1 to 1000000.
+    /// Without it 1024. Twice as many of those that came to it may.
+    #[arg(long, env = "PICOMESH_POD_PENDING", value_name = "N")]
+    pod_pending: Option<u32>,
+    /// Bytes of one pod that may wait for slow readers before its connections move in small steps:
+    /// 64KiB to 64GiB. Without it 64MiB, or a quarter of the node's if that is less.
+    #[arg(long, env = "PICOMESH_POD_BUFFERS", value_name = "SIZE")]
+    pod_buffers: Option<String>,
+    /// Connections of all pods that may be open: 1 to 10000000. Without it as many as a quarter of
+    /// the agent's memory limit holds at 16KiB each (without a limit: a sixteenth of the
+    /// machine's memory), and no more than one for every two descriptors it may open.
+    #[arg(long, env = "PICOMESH_NODE_CONNECTIONS", value_name = "N")]
+    node_connections: Option<u32>,
+    /// The same as --pod-buffers for all pods: 1MiB to 64GiB. Without it a quarter of the agent's
+    /// memory limit, or a sixteenth of the machine's memory, and at least 8MiB.
+    #[arg(long, env = "PICOMESH_NODE_BUFFERS", value_name = "SIZE")]
+    node_buffers: Option<String>,
 }
 
 #[derive(Clone, Debug, Args)]
@@ -237,6 +274,8 @@ pub enum DebugSubject {
     Certificates,
     /// Who may connect to each pod of the node; or which rule decides about one connection.
     Policies(PoliciesArgs),
+    /// What pods may take of the node, what they have, and what was refused for it.
+    Limits,
     /// Shows the log level, or changes it.
     LogLevel {
         /// e.g. `debug` or `warn,picomesh::proxy=debug`.
@@ -333,6 +372,7 @@ pub struct Config {
     pub metrics_address: SocketAddr,
     pub tunnel_port: u16,
     pub hbone_to_pods: bool,
+    pub caps: CapSettings,
     pub force_clsact: bool,
     pub fail_open: bool,
     pub log_level: String,
@@ -432,6 +472,7 @@ impl RunArgs {
             metrics_address: self.metrics_address,
             tunnel_port: self.tunnel_port,
             hbone_to_pods: self.hbone_to_pods,
+            caps: self.caps.settings()?,
             force_clsact: self.force_clsact,
             fail_open: self.fail_open,
             log_level,
@@ -456,6 +497,32 @@ impl RunArgs {
             generation: generation(environment)?,
         })
     }
+}
+
+impl CapArgs {
+    fn settings(self) -> Result<CapSettings, BadValue> {
+        const POD: u32 = 1_000_000;
+        const NODE: u32 = 10_000_000;
+        const LARGEST: u64 = 64 << 30;
+        Ok(CapSettings {
+            pod_connections: count("--pod-connections", self.pod_connections, POD)?.map(wide),
+            pod_inbound_connections: count(
+                "--pod-inbound-connections",
+                self.pod_inbound_connections,
+                POD,
+            )?
+            .map(wide),
+            pod_rate: count("--pod-connection-rate", self.pod_connection_rate, POD)?,
+            pod_pending: count("--pod-pending", self.pod_pending, POD)?.map(wide),
+            pod_buffers: size("--pod-buffers", self.pod_buffers, 64 << 10, LARGEST)?,
+            node_connections: count("--node-connections", self.node_connections, NODE)?.map(wide),
+            node_buffers: size("--node-buffers", self.node_buffers, 1 << 20, LARGEST)?,
+        })
+    }
+}
+
+fn wide(count: u32) -> usize {
+    usize::try_from(count).unwrap_or(usize::MAX)
 }
 
 impl From<PolicyArg> for DefaultPolicy {
@@ -502,6 +569,46 @@ fn absolute(flag: &'static str, path: PathBuf) -> Result<PathBuf, BadValue> {
     }
     let remedy = "an absolute path is needed";
     Err(BadValue::new(flag, path.display(), remedy))
+}
+
+fn count(flag: &'static str, value: Option<u32>, most: u32) -> Result<Option<u32>, BadValue> {
+    match value {
+        Some(count) if !(1..=most).contains(&count) => {
+            let remedy = format!("1 to {most} are possible; leave it out for the default");
+            Err(BadValue::new(flag, count, remedy))
+        }
+        other => Ok(other),
+    }
+}
+
+fn size(
+    flag: &'static str,
+    value: Option<String>,
+    least: u64,
+    most: u64,
+) -> Result<Option<usize>, BadValue> {
+    let Some(value) = value else {
+        return Ok(None);
+    };
+    let units = [("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30)];
+    let bytes = units.into_iter().find_map(|(unit, bytes)| {
+        let number: u64 = value.strip_suffix(unit)?.parse().ok()?;
+        number.checked_mul(bytes)
+    });
+    match bytes {
+        Some(bytes) if (least..=most).contains(&bytes) => {
+            Ok(Some(usize::try_from(bytes).unwrap_or(usize::MAX)))
+        }
+        Some(_) | None => {
+            let remedy = format!(
+                "a whole number and a unit is needed, {}KiB to {}GiB, such as 512KiB, 64MiB or \
+                 2GiB",
+                least >> 10,
+                most >> 30
+            );
+            Err(BadValue::new(flag, value, remedy))
+        }
+    }
 }
 
 fn duration(flag: &'static str, value: &str) -> Result<Duration, BadValue> {
@@ -632,6 +739,7 @@ mod tests {
         assert_eq!(config.metrics_address, "[::]:4191".parse().unwrap());
         assert!(wildcard_of_both_families(config.metrics_address));
         assert_eq!(config.tunnel_port, 15008);
+        assert_eq!(config.caps, CapSettings::default());
         assert!(config.data_threads >= 1);
         assert!(!config.istio_metrics && !config.fail_open && !config.force_clsact);
         assert_eq!(config.drain_deadline, Duration::from_secs(30));
@@ -655,6 +763,13 @@ mod tests {
             "--drain-deadline=250ms",
             "--certificate-life=2m",
             "--hbone-to-pods",
+            "--pod-connections=20000",
+            "--pod-inbound-connections=25000",
+            "--pod-connection-rate=100000",
+            "--pod-pending=7",
+            "--pod-buffers=512KiB",
+            "--node-connections=30000",
+            "--node-buffers=2GiB",
             "--access-log=/var/log/access",
         ])
         .unwrap();
@@ -668,6 +783,16 @@ mod tests {
         assert!(!wildcard_of_both_families(config.metrics_address));
         assert_eq!(config.tunnel_port, 25008);
         assert_eq!(config.data_threads, 3);
+        let caps = CapSettings {
+            pod_connections: Some(20_000),
+            pod_inbound_connections: Some(25_000),
+            pod_rate: Some(100_000),
+            pod_pending: Some(7),
+            pod_buffers: Some(512 << 10),
+            node_connections: Some(30_000),
+            node_buffers: Some(2 << 30),
+        };
+        assert_eq!(config.caps, caps);
         assert_eq!(config.drain_deadline, Duration::from_millis(250));
         assert_eq!(config.certificate_life, Duration::from_secs(120));
         let path = PathBuf::from("/var/log/access");
@@ -722,6 +847,22 @@ mod tests {
                 "--access-log is \"here\": write stdout, off",
             ),
             (["--log-level", "loud"], "--log-level is \"loud\": "),
+            (
+                ["--pod-connections", "0"],
+                "--pod-connections is \"0\": 1 to 1000000",
+            ),
+            (
+                ["--node-connections", "10000001"],
+                "--node-connections is \"10000001\": 1 to 10000000",
+            ),
+            (
+                ["--pod-buffers", "1KiB"],
+                "--pod-buffers is \"1KiB\": a whole number and a unit is needed, 64KiB to 64GiB",
+            ),
+            (
+                ["--node-buffers", "64MB"],
+                "--node-buffers is \"64MB\": a whole number and a unit",
+            ),
         ] {
             let args = [&format!("{}={}", args[0], args[1])[..]];
             let error = parse(&args).unwrap_err().to_string();

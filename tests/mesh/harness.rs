@@ -9,6 +9,9 @@ use anyhow::Result;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use picomesh_tests::{agent, reaper, requirements};
 
+/// Set by `cargo xtask test --full`.
+const FULL: &str = "PICOMESH_TEST_FULL";
+
 /// One row of a table.
 #[derive(Clone, Copy)]
 pub(crate) struct Test {
@@ -23,6 +26,8 @@ pub(crate) struct Test {
 pub(crate) enum Need {
     /// Root, network namespaces, Linux 6.1, cgroup v2, a built agent.
     Mesh,
+    /// Much of the machine, for long: only with `cargo xtask test --full`.
+    Full,
     /// A program on the PATH.
     Program(&'static str),
     /// No other test beside it: it promises a time.
@@ -40,8 +45,10 @@ pub(crate) fn run(tests: Vec<Test>) -> ExitCode {
     let mut arguments = Arguments::from_args();
     // Two cores: more worlds at a time only make timings worse.
     arguments.test_threads = Some(arguments.test_threads.unwrap_or(2).min(2));
+    let full = std::env::var_os(FULL).is_some();
     let trials = tests
         .into_iter()
+        .filter(|test| full || !test.needs.contains(&Need::Full))
         .map(|test| {
             Trial::ignorable_test(test.name, move || match reason_to_skip(test.needs) {
                 Some(reason) => Ok(Completion::ignored_with(reason)),
@@ -71,6 +78,7 @@ fn reason_to_skip(needs: &[Need]) -> Option<String> {
         return Some(format!("{} is missing: {}", missing.what, missing.remedy));
     }
     needs.iter().find_map(|need| match need {
+        Need::Full => None,
         Need::Mesh => agent::binary().err().map(|e| format!("{e:#}")),
         Need::Program(name) => (!requirements::program(name))
             .then(|| format!("{name} is not installed: cargo xtask setup")),

@@ -9,6 +9,7 @@ mod handover;
 mod harness;
 mod identity_attacks;
 mod lifecycle;
+mod limits;
 mod network_policy;
 mod policy;
 mod restart;
@@ -37,6 +38,7 @@ fn main() -> ExitCode {
             settings::TESTS,
             shown::TESTS,
             scale::TESTS,
+            limits::TESTS,
         ]
         .concat(),
     )

@@ -231,8 +231,10 @@ impl World {
         let v4 = Ipv4Addr::new(192, 168, 77, 10 + index as u8);
         let v6 = Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 10 + index as u16);
         self.plug(&netns, &format!("n{index}"), v4, v6)?;
+        // A bridge without an address of its own takes that of a port, and another one when the port
+        // goes: its pods would send to nobody for half a minute.
         netns.ip(&format!(
-            "link add cni0 type bridge mcast_snooping 0\n\
+            "link add cni0 address 02:00:00:00:00:{index:02x} type bridge mcast_snooping 0\n\
              addr add 10.244.{index}.1/24 dev cni0\n\
              addr add fd00:244:{index}::1/64 dev cni0 nodad\n\
              link set cni0 up\n\

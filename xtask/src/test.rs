@@ -32,8 +32,8 @@ pub(crate) struct Args {
     /// Name the tests instead of running them
     #[arg(long)]
     list: bool,
-    /// Also take out one rule of the kernel half at a time and demand red, and run `mutants`, `vm`
-    /// and `fuzz`, and a short `soak`
+    /// Also run the tests that take much of the machine, take out one rule of the kernel half at a
+    /// time and demand red, and run `mutants`, `vm`, `fuzz` and a short `soak`
     #[arg(long)]
     full: bool,
 }
@@ -76,11 +76,11 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let mut total = Count::default();
     for tier in tiers {
         if args.list {
-            list(tier)?;
+            list(tier, args.full)?;
             continue;
         }
         println!("== {} ==", tier.name());
-        total.add(run_tier(tier, args.filter.as_deref()));
+        total.add(run_tier(tier, args.filter.as_deref(), args.full));
     }
     if args.list {
         return Ok(ExitCode::SUCCESS);
@@ -118,7 +118,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     })
 }
 
-fn run_tier(tier: Tier, filter: Option<&str>) -> Count {
+fn run_tier(tier: Tier, filter: Option<&str>, full: bool) -> Count {
     let prepared = match tier {
         Tier::Lint => needs::ensure(&[Purpose::Build, Purpose::Deny]),
         Tier::Unit => needs::ensure(&[Purpose::Build]),
@@ -136,7 +136,7 @@ fn run_tier(tier: Tier, filter: Option<&str>) -> Count {
         return Count::failure(&format!("{}: prepare", tier.name()), &format!("{e:#}"));
     }
     let mut total = Count::default();
-    for (name, mut command) in commands(tier, filter) {
+    for (name, mut command) in commands(tier, filter, full) {
         total.add(steps::run(
             &format!("{}: {name}", tier.name()),
             &mut command,
@@ -177,7 +177,7 @@ pub(crate) fn agent_binary() -> std::path::PathBuf {
     shell::target_dir().join("release/picomesh-agent")
 }
 
-fn commands(tier: Tier, filter: Option<&str>) -> Vec<(&'static str, Command)> {
+fn commands(tier: Tier, filter: Option<&str>, full: bool) -> Vec<(&'static str, Command)> {
     let cargo = |args: &[&str]| {
         let mut command = shell::cargo();
         command.args(args);
@@ -254,6 +254,9 @@ fn commands(tier: Tier, filter: Option<&str>) -> Vec<(&'static str, Command)> {
         Tier::Mesh => {
             let mut mesh = test(&["-p", "picomesh-tests", "--test", "mesh"], filter);
             mesh.env(picomesh_tests::agent::BINARY, agent_binary());
+            if full {
+                mesh.env("PICOMESH_TEST_FULL", "1");
+            }
             let testing = shell::target_dir().join("debug/picomesh-agent");
             mesh.env(picomesh_tests::agent::TESTING_BINARY, testing);
             vec![("agents", mesh)]
@@ -275,15 +278,15 @@ fn test(args: &[&str], filter: Option<&str>) -> Command {
     command
 }
 
-fn list(tier: Tier) -> Result<()> {
+fn list(tier: Tier, full: bool) -> Result<()> {
     match tier {
         Tier::Lint => {
-            for (name, _) in commands(tier, None) {
+            for (name, _) in commands(tier, None, full) {
                 println!("{}: {name}", tier.name());
             }
         }
         Tier::Unit | Tier::Bpf | Tier::Mesh => {
-            for (_, mut command) in commands(tier, None) {
+            for (_, mut command) in commands(tier, None, full) {
                 // No doc tests: they have no names worth listing.
                 let output = command.args(["--", "--list"]).output()?;
                 for line in String::from_utf8_lossy(&output.stdout).lines() {

@@ -26,6 +26,7 @@ pub enum Request {
     Tunnels,
     Certificates,
     Policies(Question),
+    Limits,
     LogLevel {
         /// `None`: only tell.
         level: Option<String>,
@@ -52,6 +53,7 @@ pub struct Views {
     pub tunnels: View,
     pub certificates: View,
     pub policies: PolicyView,
+    pub limits: View,
     /// `None` where logging is somebody else's (tests).
     pub log_level: Option<LogLevel>,
 }
@@ -67,6 +69,7 @@ impl Views {
                 Ok(answer) => Response::Ok(answer),
                 Err(reason) => Response::Error(reason),
             },
+            Request::Limits => Response::Ok((self.limits)()),
             Request::LogLevel { level } => self.log_level(level),
         }
     }

@@ -30,13 +30,14 @@ fn request(subject: DebugSubject) -> Request {
         DebugSubject::Tunnels => Request::Tunnels,
         DebugSubject::Certificates => Request::Certificates,
         DebugSubject::Policies(args) => Request::Policies(args.question()),
+        DebugSubject::Limits => Request::Limits,
         DebugSubject::LogLevel { level } => Request::LogLevel { level },
     }
 }
 
 fn text(request: &Request, answer: &Value) -> String {
     match request {
-        Request::State => state(answer),
+        Request::State | Request::Limits => state(answer),
         Request::Pods => table(
             &[
                 ("POD", "name"),
@@ -44,6 +45,7 @@ fn text(request: &Request, answer: &Value) -> String {
                 ("REASON", "reason"),
                 ("SLOT", "slot"),
                 ("REPAIRS", "repairs"),
+                ("REFUSED", "refused"),
                 ("COUNTERS", "counters"),
             ],
             answer,

@@ -239,6 +239,7 @@ mod tests {
             tunnels: Box::new(|| json!([])),
             certificates: Box::new(|| json!([])),
             policies: Box::new(|_| Ok(json!([]))),
+            limits: Box::new(|| json!({})),
             log_level: None,
         }
     }

@@ -130,36 +130,33 @@ impl Keeper {
     ) {
         let mut certificates = identities.changed();
         // What was there before we came is not trusted to be ours.
-        let (mut state_due, mut keys_due) = (true, true);
-        let mut written: Option<Arc<Texts>> = None;
+        let (mut written, mut keys_due) = (None, true);
         loop {
             sleep(GATHER).await;
-            if writes.load(Ordering::Acquire) {
-                let now = texts.borrow_and_update().clone();
-                if state_due && written.as_ref() != Some(&now) {
-                    self.write(snapshot::STATE, self.state.clone(), encode_state(&now))
-                        .await;
-                    written = Some(now);
-                }
-                state_due = false;
-                if keys_due && self.in_memory {
-                    let keys = encode_keys(&identities, &bundle.borrow());
-                    self.write(snapshot::KEYS, self.keys.clone(), keys).await;
-                }
-                keys_due = false;
+            if !writes.load(Ordering::Acquire) {
+                // Ours counts again if the successor that had committed is dead.
+                continue;
             }
+            let now = texts.borrow_and_update().clone();
+            if written.as_ref() != Some(&now) {
+                let state = encode_state(&now);
+                self.write(snapshot::STATE, self.state.clone(), state).await;
+                written = Some(now);
+            }
+            if keys_due && self.in_memory {
+                let keys = encode_keys(&identities, &bundle.borrow());
+                self.write(snapshot::KEYS, self.keys.clone(), keys).await;
+            }
+            keys_due = false;
             tokio::select! {
-                changed = texts.changed() => match changed {
-                    Ok(()) => state_due = true,
+                changed = texts.changed() => if changed.is_err() {
                     // The manifests are no longer read; the keys may still change.
-                    Err(_) => sleep(Duration::from_secs(1)).await,
+                    sleep(Duration::from_secs(1)).await;
                 },
                 changed = certificates.changed() => match changed {
                     Ok(()) => keys_due = true,
                     Err(_) => return,
                 },
-                // A successor that had committed is dead, perhaps: ours counts again.
-                () = until(&writes), if state_due || keys_due => {}
             }
         }
     }
@@ -172,12 +169,6 @@ impl Keeper {
             snapshot::remove(&self.dir, name);
             warn!(%error, "no snapshot");
         }
-    }
-}
-
-async fn until(writes: &AtomicBool) {
-    while !writes.load(Ordering::Acquire) {
-        sleep(GATHER).await;
     }
 }
 

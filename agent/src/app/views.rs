@@ -18,7 +18,7 @@ use crate::{
     identity::{Identities, ca::SKEW},
     local::LoadError,
     metrics::{Family, Kind, Metrics, Sample},
-    proxy::Proxy,
+    proxy::{Capacity, Proxy},
     readiness::Readiness,
     state::{
         MeshStore,
@@ -42,6 +42,7 @@ pub(super) struct Shown {
     /// Pods that should be captured and have no place.
     pub(super) lost: watch::Receiver<Arc<Vec<PodStatus>>>,
     pub(super) proxy: Arc<Proxy>,
+    pub(super) capacity: Capacity,
 }
 
 pub(super) fn views(shown: &Arc<Shown>, log_level: Option<LogLevel>) -> Views {
@@ -58,6 +59,7 @@ pub(super) fn views(shown: &Arc<Shown>, log_level: Option<LogLevel>) -> Views {
             let shown = shown.clone();
             Box::new(move |question| shown.policies(question))
         },
+        limits: view(Shown::limits),
         log_level,
     }
 }
@@ -124,8 +126,10 @@ impl Shown {
 
     fn pods(&self) -> Value {
         let connections = self.proxy.connections();
+        let mut shares = self.proxy.limits().pods;
         let pods = self.all_pods().into_iter().map(|pod| {
             let open = connections.get(&*pod.uid).copied().unwrap_or(0);
+            let share = shares.remove(&*pod.uid).unwrap_or_default();
             json!({
                 "uid": pod.uid,
                 "name": pod.name,
@@ -135,10 +139,48 @@ impl Shown {
                 "repairs": pod.repairs,
                 "mended": pod.mended,
                 "connections": open,
+                "refused": share.refused,
                 "counters": pod.counters,
             })
         });
         pods.collect()
+    }
+
+    fn limits(&self) -> Value {
+        let limits = self.proxy.limits();
+        let names: BTreeMap<_, _> = self
+            .all_pods()
+            .into_iter()
+            .map(|pod| (pod.uid, pod.name))
+            .collect();
+        let mut pods: Vec<_> = limits
+            .pods
+            .iter()
+            .map(|(uid, share)| {
+                json!({
+                    "pod": names.get(&**uid).map_or(&**uid, |name| name.as_str()),
+                    "dialled": share.dialled,
+                    "came": share.came,
+                    "pending": share.pending,
+                    "buffered_bytes": share.buffered_bytes,
+                    "refused": share.refused,
+                })
+            })
+            .collect();
+        pods.sort_by(|a, b| a["pod"].as_str().cmp(&b["pod"].as_str()));
+        json!({
+            "memory_bytes": self.capacity.memory,
+            "memory_bound_by": self.capacity.bound,
+            "descriptors": self.capacity.files,
+            "node_connections": format!(
+                "{} of {}", limits.connections, limits.caps.node_connections
+            ),
+            "node_buffered_bytes": format!(
+                "{} of {}", limits.buffered_bytes, limits.caps.node_buffers
+            ),
+            "caps": limits.caps,
+            "pods": pods,
+        })
     }
 
     fn certificates(&self) -> Value {
@@ -233,6 +275,7 @@ impl Shown {
             ),
         ];
         families.push(self.problems());
+        families.push(self.caps());
         families.extend(self.certificate_families());
         families
     }
@@ -247,6 +290,29 @@ impl Shown {
             help: "Objects that do not fit together, by kind; `debug state` names them.",
             kind: Kind::Gauge,
             samples: counted(kinds, "kind"),
+        }
+    }
+
+    fn caps(&self) -> Family {
+        let caps = self.proxy.limits().caps;
+        let samples = [
+            ("pod_connections", caps.pod_connections),
+            ("pod_inbound_connections", caps.pod_inbound_connections),
+            ("pod_connection_rate", caps.pod_rate as usize),
+            ("pod_pending", caps.pod_pending),
+            ("pod_buffers", caps.pod_buffers),
+            ("node_connections", caps.node_connections),
+            ("node_buffers", caps.node_buffers),
+        ];
+        let samples = samples.into_iter().map(|(cap, value)| Sample {
+            labels: vec![("cap", cap.into())],
+            value: value as f64,
+        });
+        Family {
+            name: "picomesh_caps",
+            help: "What one pod may take, and all pods of the node together.",
+            kind: Kind::Gauge,
+            samples: samples.collect(),
         }
     }
 

@@ -21,7 +21,7 @@ use crate::state::PodUid;
 
 pub use loader::Generation;
 pub use pods::{Datapath, DatapathSettings, Paused, PodStatus};
-pub use sockets::{PodHandle, PodSockets, Source};
+pub use sockets::{PodHandle, PodSockets, Source, keep_alive};
 
 /// What the kernel should do for one pod.
 #[derive(Clone, Debug, PartialEq)]

@@ -260,11 +260,13 @@ impl Ports {
 // ---- listeners ----
 
 const BACKLOG: i32 = 4096;
-/// A peer that has vanished is noticed after about two minutes, idle or not.
-const KEEP_ALIVE_AFTER: Duration = Duration::from_secs(60);
-const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(15);
-const KEEP_ALIVE_TRIES: u32 = 4;
-const USER_TIMEOUT: Duration = Duration::from_secs(120);
+/// A peer that has vanished is noticed after about two minutes, idle or not; in builds for tests
+/// after four seconds.
+const KEEP_ALIVE_AFTER: Duration = Duration::from_secs(if TESTING { 2 } else { 60 });
+const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(if TESTING { 1 } else { 15 });
+const KEEP_ALIVE_TRIES: u32 = if TESTING { 2 } else { 4 };
+const USER_TIMEOUT: Duration = Duration::from_secs(if TESTING { 4 } else { 120 });
+const TESTING: bool = cfg!(feature = "testing");
 
 /// The families of a pod, as `LISTENERS` numbers them.
 pub(super) const FAMILIES: [u32; 2] = [picomesh_common::config::V4, picomesh_common::config::V6];
@@ -334,7 +336,9 @@ fn listener(at: SocketAddr, owner: &SocketOwner) -> io::Result<TcpListener> {
     Ok(socket.into())
 }
 
-fn keep_alive(socket: &Socket) -> io::Result<()> {
+/// A peer that is gone without a word does not stay for ever: neither when nothing is said any
+/// more, also on a socket that is half closed, nor when what was said is not acknowledged.
+pub fn keep_alive(socket: &Socket) -> io::Result<()> {
     socket.set_tcp_keepalive(
         &TcpKeepalive::new()
             .with_time(KEEP_ALIVE_AFTER)

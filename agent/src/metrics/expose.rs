@@ -303,6 +303,16 @@ fn own(threads: &[Thread], budget: &Budget) -> Vec<Family> {
             *handshakes.entry(*key).or_default() += count;
         }
     }
+    let mut cuts: BTreeMap<&'static str, u64> = BTreeMap::new();
+    for thread in threads {
+        for (reason, count) in thread.cuts.lock().iter() {
+            *cuts.entry(*reason).or_default() += count;
+        }
+    }
+    let cuts = cuts.into_iter().map(|(reason, count)| Sample {
+        labels: vec![("reason", reason.into())],
+        value: count as f64,
+    });
     let handshakes = handshakes.into_iter().map(|((server, result), count)| {
         let side = if server { "server" } else { "client" };
         Sample {
@@ -316,6 +326,12 @@ fn own(threads: &[Thread], budget: &Budget) -> Vec<Family> {
             help: "TLS handshakes of tunnels, by side and result.",
             kind: Kind::Counter,
             samples: handshakes.collect(),
+        },
+        Family {
+            name: "picomesh_tunnels_cut_total",
+            help: "Tunnels that were cut because the peer broke a bound, by reason.",
+            kind: Kind::Counter,
+            samples: cuts.collect(),
         },
         Family::single(
             "picomesh_connections",

@@ -146,6 +146,8 @@ struct Thread {
     buffered: AtomicI64,
     /// By (is it the server's side, result); results are a dozen fixed words.
     handshakes: Mutex<HashMap<(bool, &'static str), u64>>,
+    /// By reason, a dozen fixed words too.
+    cuts: Mutex<HashMap<&'static str, u64>>,
 }
 
 impl Metrics {
@@ -345,6 +347,11 @@ impl Recorder {
     pub fn handshake(&self, server: bool, result: &'static str) {
         let mut handshakes = self.thread().handshakes.lock();
         *handshakes.entry((server, result)).or_default() += 1;
+    }
+
+    /// A tunnel was cut because its peer broke a bound; `reason` is a fixed word.
+    pub fn tunnel_cut(&self, reason: &'static str) {
+        *self.thread().cuts.lock().entry(reason).or_default() += 1;
     }
 
     pub fn tunnels(&self, delta: i64) {

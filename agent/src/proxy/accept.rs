@@ -10,13 +10,17 @@ use std::{
 };
 
 use futures_util::FutureExt;
-use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 
 use super::{ProxySettings, StartError};
+use crate::datapath::keep_alive;
 
 const BACKLOG: i32 = 4096;
 const FIRST_PAUSE: Duration = Duration::from_millis(5);
+/// Connections taken before the others of the thread have their turn: what each of them costs at
+/// its beginning comes behind what is ready already, not before it.
+const BURST: usize = 16;
 const LONGEST_PAUSE: Duration = Duration::from_millis(500);
 
 /// Accepts until `stop`, then takes what is still queued, so that nobody is turned away who was
@@ -29,6 +33,7 @@ pub(super) async fn accept(
 ) {
     let mut stop = pin!(stop);
     let mut pause = FIRST_PAUSE;
+    let mut taken = 0_usize;
     loop {
         let accepted = tokio::select! {
             biased;
@@ -39,6 +44,10 @@ pub(super) async fn accept(
             Ok((stream, peer)) => {
                 pause = FIRST_PAUSE;
                 serve(stream, peer);
+                taken += 1;
+                if taken.is_multiple_of(BURST) {
+                    tokio::task::yield_now().await;
+                }
             }
             Err(error) => {
                 failed(word(&error));
@@ -161,7 +170,7 @@ fn listen(address: SocketAddr) -> io::Result<std::net::TcpListener> {
     }
     socket.set_nonblocking(true)?;
     socket.set_tcp_nodelay(true)?;
-    super::tcp::watch_over(&SockRef::from(&socket))?;
+    keep_alive(&socket)?;
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     Ok(socket.into())

@@ -7,19 +7,21 @@
 //! [`CHUNK`] while it is needed and is given back when it is empty.
 //!
 //! Speed: one read, one write per message, no copy on the way into a tunnel, vectored writes on the
-//! way out of it. A pump gives way to the others after [`ROUNDS`] reads.
+//! way out of it. A pump gives way to the others after [`ROUNDS`] reads, and sooner when its pod has
+//! many busy connections ([`Turns`]).
 //!
 //! Ends: FIN travels as FIN or END_STREAM and leaves the other direction open. RST, RST_STREAM and
 //! the death of a tunnel travel as RST or RST_STREAM; see [`super::tcp`] for why no accident turns
 //! into FIN.
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     collections::VecDeque,
     future::Future,
     io::{self, IoSlice},
     pin::Pin,
     rc::Rc,
+    sync::Arc,
     task::{Context, Poll},
 };
 
@@ -29,13 +31,18 @@ use http::StatusCode;
 
 use super::{
     conns::Conn,
+    limits::{Permit, Share},
     reason::{HEADER, Reason},
     tcp::TcpEnd,
+    threads::Thread,
+    tunnel::STREAM_WINDOW,
 };
 use crate::metrics::{Flow, Recorder};
 
 /// The most that one read takes.
 pub(super) const CHUNK: usize = 128 * 1024;
+/// Of many busy pumps of a pod each may read at least so much at a time.
+const LEAST_CHUNK: usize = 16 * 1024;
 /// The scratch for tunnels is renewed when less than this is left of it.
 const LEAST_ROOM: usize = 16 * 1024;
 /// Size of the scratch for tunnels: many small messages share one allocation.
@@ -163,6 +170,88 @@ pub(super) struct Shared {
     pub(super) recorder: Rc<Recorder>,
     pub(super) conn: Rc<Conn>,
     pub(super) meter: Meter,
+    permit: Permit,
+    appetite: Appetite,
+}
+
+impl Shared {
+    pub(super) fn new(
+        thread: &Thread,
+        turns: &Rc<Turns>,
+        permit: Permit,
+        conn: Rc<Conn>,
+        meter: Meter,
+    ) -> Self {
+        Self {
+            scratch: Rc::clone(&thread.scratch),
+            recorder: Rc::clone(&thread.recorder),
+            conn,
+            meter,
+            permit,
+            appetite: Appetite {
+                turns: Rc::clone(turns),
+                hungry: false,
+            },
+        }
+    }
+
+    /// Bytes that wait in our memory: more of them, or fewer.
+    fn buffered(&self, delta: isize) {
+        if delta != 0 {
+            self.recorder.buffered_bytes(delta as i64);
+            self.permit.share().buffered(delta);
+        }
+    }
+
+    /// Reads of this turn, and how much each may take.
+    fn turn(&self) -> (usize, usize) {
+        let (rounds, chunk) = self.appetite.turns.turn();
+        (rounds, chunk.min(self.permit.share().read_limit()))
+    }
+}
+
+/// How one pod's pumps share its part of a thread.
+///
+/// A pump's turn is [`ROUNDS`] reads of [`CHUNK`] bytes. Turns go round over all pumps of a thread,
+/// so a pod with a hundred busy connections would have a hundred turns and its neighbour one. The
+/// more pumps of a pod are busy, therefore, the shorter each one's turn.
+#[derive(Default)]
+pub(super) struct Turns {
+    /// Pumps that gave way with work left.
+    hungry: Cell<usize>,
+}
+
+/// One pump's part in [`Turns`].
+struct Appetite {
+    turns: Rc<Turns>,
+    hungry: bool,
+}
+
+impl Appetite {
+    /// The turn is over; is there work left?
+    fn is(&mut self, hungry: bool) {
+        if self.hungry != hungry {
+            self.hungry = hungry;
+            let all = self.turns.hungry.get();
+            let all = if hungry { all + 1 } else { all - 1 };
+            self.turns.hungry.set(all);
+        }
+    }
+}
+
+impl Drop for Appetite {
+    fn drop(&mut self) {
+        self.is(false);
+    }
+}
+
+impl Turns {
+    fn turn(&self) -> (usize, usize) {
+        let hungry = self.hungry.get().max(1);
+        let rounds = (ROUNDS / hungry).max(1);
+        let chunk = (CHUNK * ROUNDS / (rounds * hungry)).clamp(LEAST_CHUNK, CHUNK);
+        (rounds, chunk)
+    }
 }
 
 /// One direction between two sockets.
@@ -198,7 +287,7 @@ impl SocketPump {
     pub(super) async fn run(mut self) -> (End, Meter) {
         let end = std::future::poll_fn(|cx| self.poll(cx)).await;
         for way in [&self.to_server, &self.to_client] {
-            give_back(&self.shared.recorder, way.rest.len());
+            self.shared.buffered(-(way.rest.len() as isize));
         }
         if end == End::Finished {
             self.client.close();
@@ -213,6 +302,7 @@ impl SocketPump {
         }
         let mut waits_on_client = false;
         let mut waits_on_server = false;
+        let mut hungry = false;
         for toward in [Toward::Server, Toward::Client] {
             let (from, to, way) = match toward {
                 Toward::Server => (&self.client, &self.server, &mut self.to_server),
@@ -228,7 +318,7 @@ impl SocketPump {
                 },
                 Step::Blocked => {}
                 Step::Yields => {
-                    cx.waker().wake_by_ref();
+                    hungry = true;
                     match toward {
                         Toward::Server => waits_on_client = true,
                         Toward::Client => waits_on_server = true,
@@ -240,6 +330,10 @@ impl SocketPump {
         }
         if self.to_server.done && self.to_client.done {
             return Poll::Ready(End::Finished);
+        }
+        self.shared.appetite.is(hungry);
+        if hungry {
+            cx.waker().wake_by_ref();
         }
         // Nobody reads from this end just now, so only this tells of its RST.
         if !waits_on_client && self.client.poll_reset(cx).is_ready() {
@@ -260,13 +354,15 @@ fn step(
     way: &mut Way,
     shared: &mut Shared,
 ) -> Step {
-    let mut scratch = shared.scratch.plain.borrow_mut();
-    for _ in 0..ROUNDS {
+    let (rounds, chunk) = shared.turn();
+    let scratch = Rc::clone(&shared.scratch);
+    let mut scratch = scratch.plain.borrow_mut();
+    for _ in 0..rounds {
         while !way.rest.is_empty() {
             match to.poll_write(cx, &way.rest) {
                 Poll::Ready(Ok(written)) => {
                     way.rest.advance(written);
-                    give_back(&shared.recorder, written);
+                    shared.buffered(-(written as isize));
                     if way.rest.is_empty() {
                         way.rest = Bytes::new();
                     }
@@ -283,7 +379,7 @@ fn step(
                 Err(error) => Step::Broken(broken(&error, toward.writer_reset())),
             };
         }
-        let read = match from.poll_read(cx, &mut scratch) {
+        let read = match from.poll_read(cx, &mut scratch[..chunk]) {
             Poll::Ready(Ok(read)) => read,
             Poll::Ready(Err(error)) => return Step::Broken(broken(&error, toward.reader_reset())),
             Poll::Pending => return Step::Waits,
@@ -300,16 +396,10 @@ fn step(
         };
         if written < read {
             way.rest = Bytes::copy_from_slice(&scratch[written..read]);
-            shared.recorder.buffered_bytes((read - written) as i64);
+            shared.buffered((read - written) as isize);
         }
     }
     Step::Yields
-}
-
-fn give_back(recorder: &Recorder, bytes: usize) {
-    if bytes > 0 {
-        recorder.buffered_bytes(-(bytes as i64));
-    }
 }
 
 // ---- between a socket and a stream ----
@@ -332,6 +422,8 @@ pub(super) struct StreamPump {
 /// bytes.
 pub(super) trait Counted {
     fn moved(&self, bytes: usize);
+    /// A reader is slow and its pod has too much in memory: the windows should shrink.
+    fn squeeze(&self, share: &Arc<Share>);
 }
 
 /// The stream's receiving half.
@@ -345,6 +437,8 @@ pub(super) enum Receive {
 struct Into {
     /// Sent since the window was last asked.
     unasked: usize,
+    /// What the pod's share was charged with.
+    charged: usize,
     fin_seen: bool,
     done: bool,
 }
@@ -356,6 +450,8 @@ struct Out {
     length: usize,
     /// What of it the metric of buffered bytes was told.
     told: usize,
+    /// What the pod's share was charged with.
+    charged: usize,
     fin_seen: bool,
     done: bool,
 }
@@ -376,6 +472,7 @@ impl StreamPump {
             socket_sends,
             into: Into {
                 unasked: 0,
+                charged: 0,
                 fin_seen: false,
                 done: false,
             },
@@ -383,6 +480,7 @@ impl StreamPump {
                 chunks: VecDeque::new(),
                 length: 0,
                 told: 0,
+                charged: 0,
                 fin_seen: false,
                 done: false,
             },
@@ -394,7 +492,8 @@ impl StreamPump {
     /// Moves bytes until the end; hands back what was counted.
     pub(super) async fn run(mut self) -> (End, Meter) {
         let end = std::future::poll_fn(|cx| self.poll(cx)).await;
-        give_back(&self.shared.recorder, self.out.told);
+        self.tell(0);
+        self.charge_unsent(0);
         match end {
             End::Finished => self.socket.close(),
             // Dropping the socket sends RST.
@@ -408,10 +507,11 @@ impl StreamPump {
             return Poll::Ready(End::Broken(reason));
         }
         // First what the tunnel says: it knows better than a failing write why a stream is gone.
+        let mut hungry = false;
         if !self.out.done {
             match self.step_out(cx) {
                 Step::Waits | Step::Blocked => {}
-                Step::Yields => cx.waker().wake_by_ref(),
+                Step::Yields => hungry = true,
                 Step::Done => self.out.done = true,
                 Step::Broken(end) => return Poll::Ready(end),
             }
@@ -423,7 +523,7 @@ impl StreamPump {
                 Step::Blocked => {}
                 Step::Yields => {
                     reads = true;
-                    cx.waker().wake_by_ref();
+                    hungry = true;
                 }
                 Step::Done => self.into.done = true,
                 Step::Broken(end) => return Poll::Ready(end),
@@ -431,6 +531,10 @@ impl StreamPump {
         }
         if self.into.done && self.out.done {
             return Poll::Ready(End::Finished);
+        }
+        self.shared.appetite.is(hungry);
+        if hungry {
+            cx.waker().wake_by_ref();
         }
         if !reads && self.socket.poll_reset(cx).is_ready() {
             return Poll::Ready(End::Broken(self.socket_sends.reader_reset()));
@@ -451,20 +555,41 @@ impl StreamPump {
 
     fn step_into(&mut self, cx: &mut Context<'_>) -> Step {
         let far_reset = self.socket_sends.writer_reset();
-        for _ in 0..ROUNDS {
-            if self.into.unasked >= UNASKED {
+        let (rounds, chunk) = self.shared.turn();
+        let limit = self.shared.permit.share().read_limit();
+        let unasked = UNASKED.min(limit);
+        for _ in 0..rounds {
+            if self.into.unasked >= unasked {
                 match self.poll_window(cx) {
-                    Poll::Ready(Ok(())) => self.into.unasked = 0,
+                    Poll::Ready(Ok(())) => {
+                        self.into.unasked = 0;
+                        self.charge_unsent(0);
+                    }
                     Poll::Ready(Err(end)) => return Step::Broken(end),
-                    Poll::Pending => return Step::Blocked,
+                    Poll::Pending => {
+                        // What waits may be little, and keep all of the scratch it lies in.
+                        let piece = if limit < CHUNK { limit } else { SCRATCH };
+                        self.charge_unsent(self.into.unasked.max(piece));
+                        return Step::Blocked;
+                    }
                 }
             }
-            let chunk = {
+            // A piece of the shared scratch keeps all of it; that is too much when memory is scarce.
+            let piece = if limit < CHUNK {
+                let mut scratch = self.shared.scratch.plain.borrow_mut();
+                match self.socket.poll_read(cx, &mut scratch[..chunk]) {
+                    Poll::Ready(Ok(read)) => Bytes::copy_from_slice(&scratch[..read]),
+                    Poll::Ready(Err(error)) => {
+                        return Step::Broken(broken(&error, self.socket_sends.reader_reset()));
+                    }
+                    Poll::Pending => return Step::Waits,
+                }
+            } else {
                 let mut scratch = self.shared.scratch.shared.borrow_mut();
                 if scratch.capacity() < LEAST_ROOM {
                     scratch.reserve(SCRATCH);
                 }
-                match self.socket.poll_read_buf(cx, &mut scratch, CHUNK) {
+                match self.socket.poll_read_buf(cx, &mut scratch, chunk) {
                     Poll::Ready(Ok(_)) => scratch.split().freeze(),
                     Poll::Ready(Err(error)) => {
                         return Step::Broken(broken(&error, self.socket_sends.reader_reset()));
@@ -472,11 +597,11 @@ impl StreamPump {
                     Poll::Pending => return Step::Waits,
                 }
             };
-            let fin = chunk.is_empty();
-            self.into.unasked += chunk.len();
-            self.shared.meter.count(self.socket_sends, chunk.len());
-            self.tunnel.moved(chunk.len());
-            if self.send.send_data(chunk, fin).is_err() {
+            let fin = piece.is_empty();
+            self.into.unasked += piece.len();
+            self.shared.meter.count(self.socket_sends, piece.len());
+            self.tunnel.moved(piece.len());
+            if self.send.send_data(piece, fin).is_err() {
                 // It says only that the stream is gone; the stream itself knows why.
                 return Step::Broken(match self.send.poll_reset(cx) {
                     Poll::Ready(Ok(_)) => End::Broken(far_reset),
@@ -511,8 +636,9 @@ impl StreamPump {
     }
 
     fn step_out(&mut self, cx: &mut Context<'_>) -> Step {
-        for _ in 0..ROUNDS {
-            let gathered = match self.gather(cx) {
+        let (rounds, chunk) = self.shared.turn();
+        for _ in 0..rounds {
+            let gathered = match self.gather(cx, chunk) {
                 Ok(gathered) => gathered,
                 Err(end) => return Step::Broken(end),
             };
@@ -522,6 +648,9 @@ impl StreamPump {
                     Poll::Ready(Err(end)) => return Step::Broken(end),
                     Poll::Pending => {
                         self.tell(self.out.length);
+                        if self.shared.permit.share().is_pressed() {
+                            self.tunnel.squeeze(self.shared.permit.share());
+                        }
                         return Step::Blocked;
                     }
                 }
@@ -543,7 +672,20 @@ impl StreamPump {
         Step::Yields
     }
 
+    /// What waits for the stream's window, as the pod's share is charged with it.
+    fn charge_unsent(&mut self, charged: usize) {
+        let share = self.shared.permit.share();
+        share.buffered(charged as isize - self.into.charged as isize);
+        self.into.charged = charged;
+    }
+
     fn tell(&mut self, held: usize) {
+        // The peer may fill the whole window while nobody reads: that is what a stalled stream
+        // costs, whatever has come of it so far.
+        let charged = if held > 0 { held.max(STREAM_WINDOW) } else { 0 };
+        let share = self.shared.permit.share();
+        share.buffered(charged as isize - self.out.charged as isize);
+        self.out.charged = charged;
         if held != self.out.told {
             self.shared
                 .recorder
@@ -553,9 +695,9 @@ impl StreamPump {
     }
 
     /// Takes what the stream has ready, up to a chunk's worth. Pending: the stream will wake us.
-    fn gather(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, End> {
+    fn gather(&mut self, cx: &mut Context<'_>, limit: usize) -> Result<Poll<()>, End> {
         let far_reset = self.socket_sends.writer_reset();
-        while !self.out.fin_seen && self.out.length < CHUNK && self.out.chunks.len() < SLICES {
+        while !self.out.fin_seen && self.out.length < limit && self.out.chunks.len() < SLICES {
             let stream = match &mut self.receive {
                 Receive::Open(stream) => stream,
                 Receive::Awaiting(response) => match Pin::new(response).poll(cx) {

@@ -11,6 +11,7 @@ use super::{
     TUNNEL_PORT, authz,
     conns::{Callee, Conn},
     copy::{Meter, Shared, SocketPump},
+    limits::Permit,
     reason::Reason,
     report::{Refusal, Report},
     tcp::{self, TcpEnd},
@@ -53,17 +54,26 @@ struct Standing {
 }
 
 /// One connection, from accept to its record.
-pub(super) async fn serve(thread: Rc<Thread>, pod: Rc<Pod>, client: TcpStream, peer: SocketAddr) {
+pub(super) async fn serve(
+    thread: Rc<Thread>,
+    pod: Rc<Pod>,
+    client: TcpStream,
+    peer: SocketAddr,
+    mut permit: Permit,
+) {
     // An error means that the client is gone already.
     let Ok(target) = client.local_addr().map(canonical) else {
         return;
     };
     if target.port() == TUNNEL_PORT {
+        permit.established();
         return Box::pin(server::serve(thread, client, peer, Port::Pod(pod))).await;
     }
     let _hold = Hold::new(&pod, peer);
     let mut report = Report::new(Direction::Inbound, peer, target);
-    match Box::pin(establish(&thread, &pod, &mut report)).await {
+    let standing = Box::pin(establish(&thread, &pod, &mut report)).await;
+    permit.established();
+    match standing {
         // Dropping the client sends RST.
         Err(refusal) => report.refused(&refusal, &thread),
         Ok(Standing {
@@ -71,12 +81,7 @@ pub(super) async fn serve(thread: Rc<Thread>, pod: Rc<Pod>, client: TcpStream, p
             meter,
             conn,
         }) => {
-            let shared = Shared {
-                scratch: Rc::clone(&thread.scratch),
-                recorder: Rc::clone(&thread.recorder),
-                conn,
-                meter,
-            };
+            let shared = Shared::new(&thread, &pod.turns, permit, conn, meter);
             let pump = SocketPump::new(TcpEnd::new(client), TcpEnd::new(server), shared);
             let (end, meter) = pump.run().await;
             report.ended(end, meter, &thread);

@@ -6,7 +6,8 @@
 //!
 //! - [`outbound`]: what the pods of this node dial. [`inbound`]: what comes to them past the mesh.
 //! - [`tunnel`]: HBONE between nodes, and for a pod's own address.
-//! - [`authz`] asks policy, [`copy`] moves bytes, [`conns`] knows who is open and ends them.
+//! - [`authz`] asks policy, [`copy`] moves bytes, [`conns`] knows who is open and ends them,
+//!   [`limits`] bounds what each pod may take.
 //!
 //! `app` starts the room, feeds it [`PodEvent`]s and drains it; `admin` reads its status. It knows
 //! the rooms before it (state, identity, datapath's sockets) and how to count and log, no more.
@@ -17,6 +18,7 @@ mod authz;
 mod conns;
 mod copy;
 mod inbound;
+mod limits;
 mod outbound;
 mod reason;
 mod report;
@@ -31,7 +33,7 @@ use std::{
     io,
     net::{IpAddr, SocketAddr},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use parking_lot::Mutex;
@@ -47,6 +49,7 @@ use crate::{
 };
 
 pub use accept::TunnelListeners;
+pub use limits::{Bound, CapSettings, Capacity, Caps, LimitsStatus, ShareStatus};
 pub use reason::Reason;
 pub use tunnel::{TunnelStatus, hbone};
 
@@ -68,6 +71,7 @@ pub struct ProxySettings {
     pub tunnel_source: Option<IpAddr>,
     /// Call pods at their own address on the tunnel port instead of their node's agent.
     pub hbone_to_pods: bool,
+    pub caps: Caps,
     /// A tunnel that moves more bytes a second is busy with bulk: new connections get another.
     pub bulk: u64,
     pub timing: Timing,
@@ -111,6 +115,7 @@ impl Default for ProxySettings {
             tunnel_port: TUNNEL_PORT,
             tunnel_source: None,
             hbone_to_pods: false,
+            caps: Caps::default(),
             bulk: 64 * 1024 * 1024,
             timing: Timing::default(),
         }
@@ -146,6 +151,7 @@ pub enum StartError {
 pub struct Proxy {
     threads: Vec<threads::ThreadHandle>,
     tunnel_addresses: Vec<SocketAddr>,
+    shared: Arc<threads::Shared>,
     /// Copies of the tunnel listeners, for a successor; given up when it has them.
     tunnel_sockets: Mutex<Vec<std::net::TcpListener>>,
     drain: Mutex<Option<Drain>>,
@@ -190,7 +196,7 @@ impl Proxy {
     ) -> Result<Arc<Self>, StartError> {
         let (drain, guard) = Drain::new();
         let settings = Arc::new(settings);
-        let shared = Arc::new(threads::Shared::default());
+        let shared = Arc::new(threads::Shared::new(settings.caps, Instant::now()));
         let threads = shares
             .into_iter()
             .enumerate()
@@ -212,6 +218,7 @@ impl Proxy {
         Ok(Arc::new(Self {
             threads,
             tunnel_addresses,
+            shared,
             tunnel_sockets: Mutex::new(tunnel_sockets),
             drain: Mutex::new(Some(drain)),
         }))
@@ -318,6 +325,11 @@ impl Proxy {
             }
         }
         sum
+    }
+
+    /// What is bounded, and how much of it is in use.
+    pub fn limits(&self) -> LimitsStatus {
+        self.shared.limits.status()
     }
 
     /// Goodbye to all peers; open connections have until `deadline`, then they are reset. Accepting

@@ -20,6 +20,7 @@ use super::{
     authz::{self, Allowed},
     conns::{Callee, Caller, Conn},
     copy::{Counted, End, Meter, Receive, Shared, SocketPump, StreamPump, Toward},
+    limits::Permit,
     reason::Reason,
     report::{Refusal, Report},
     tcp::{self, TcpEnd},
@@ -68,14 +69,22 @@ struct Standing {
 }
 
 /// One connection, from accept to its record.
-pub(super) async fn serve(thread: Rc<Thread>, pod: Rc<Pod>, client: TcpStream, peer: SocketAddr) {
+pub(super) async fn serve(
+    thread: Rc<Thread>,
+    pod: Rc<Pod>,
+    client: TcpStream,
+    peer: SocketAddr,
+    mut permit: Permit,
+) {
     // An error means that the client is gone already.
     let Ok(target) = client.local_addr() else {
         return;
     };
     let mut report = Report::new(Direction::Outbound, peer, canonical(target));
     // On the heap, to be given back before the bytes flow: this part is large and short.
-    match Box::pin(establish(&thread, &pod, &mut report)).await {
+    let standing = Box::pin(establish(&thread, &pod, &mut report)).await;
+    permit.established();
+    match standing {
         // Dropping the client sends RST.
         Err(refusal) => report.refused(&refusal, &thread),
         Ok(Standing {
@@ -84,12 +93,7 @@ pub(super) async fn serve(thread: Rc<Thread>, pod: Rc<Pod>, client: TcpStream, p
             conn,
             _load,
         }) => {
-            let shared = Shared {
-                scratch: Rc::clone(&thread.scratch),
-                recorder: Rc::clone(&thread.recorder),
-                conn,
-                meter,
-            };
+            let shared = Shared::new(&thread, &pod.turns, permit, conn, meter);
             let (end, meter) = pump(TcpEnd::new(client), far, shared).await;
             report.ended(end, meter, &thread);
         }

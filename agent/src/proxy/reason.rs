@@ -102,6 +102,22 @@ reasons! {
     /// The callee's node refused without a word that we know.
     RefusedByPeer = "refused_by_peer", BAD_GATEWAY;
 
+    // Too much of it.
+    /// The pod has as many connections dialled and open as it may.
+    PodConnections = "pod_connections", TOO_MANY_REQUESTS;
+    /// The pod dials faster than it may.
+    PodConnectionRate = "pod_connection_rate", TOO_MANY_REQUESTS;
+    /// Too many connections that the pod has dialled wait for their far end.
+    PodPending = "pod_pending", TOO_MANY_REQUESTS;
+    /// As many connections from outside the node as may be open at the pod.
+    PodInboundConnections = "pod_inbound_connections", TOO_MANY_REQUESTS;
+    /// The pod is called faster than it may be.
+    PodInboundRate = "pod_inbound_rate", TOO_MANY_REQUESTS;
+    /// Too many connections that came to the pod wait for the application.
+    PodInboundPending = "pod_inbound_pending", TOO_MANY_REQUESTS;
+    /// All pods of the node together have as many connections open as they may.
+    NodeConnections = "node_connections", SERVICE_UNAVAILABLE;
+
     // Ending badly.
     /// The client's side sent RST.
     ClientReset = "client_reset", BAD_GATEWAY;
@@ -135,6 +151,28 @@ reasons! {
     CertificateUnknownIssuer = "certificate_unknown_issuer", FORBIDDEN;
     /// Not of the form we want: no SPIFFE ID, or more than one.
     CertificateInvalid = "certificate_invalid", FORBIDDEN;
+    /// Strangers begin handshakes faster than they may.
+    HandshakeRate = "handshake_rate", TOO_MANY_REQUESTS;
+
+    // Why a tunnel was cut.
+    /// More new streams in a second than a tunnel may open.
+    FloodHeaders = "flood_headers", TOO_MANY_REQUESTS;
+    /// Streams reset as fast as they are opened.
+    FloodResets = "flood_resets", TOO_MANY_REQUESTS;
+    /// Settings without need.
+    FloodSettings = "flood_settings", TOO_MANY_REQUESTS;
+    /// Pings without need.
+    FloodPings = "flood_pings", TOO_MANY_REQUESTS;
+    /// Windows opened by next to nothing.
+    FloodWindows = "flood_windows", TOO_MANY_REQUESTS;
+    /// A header block in too many pieces.
+    FloodContinuations = "flood_continuations", TOO_MANY_REQUESTS;
+    /// Other frames, or more of something than HTTP/2's own bounds allow.
+    FloodOther = "flood_other", TOO_MANY_REQUESTS;
+    /// A frame was begun and not finished in time.
+    SlowFrames = "slow_frames", TOO_MANY_REQUESTS;
+    /// The peer does not keep to HTTP/2.
+    ProtocolError = "protocol_error", BAD_REQUEST;
 }
 
 impl Reason {

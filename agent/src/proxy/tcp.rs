@@ -21,17 +21,12 @@ use std::{
 };
 
 use bytes::{BufMut, BytesMut};
-use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::{io::Interest, net::TcpStream, time::timeout};
 
 use super::reason::Reason;
+use crate::datapath::keep_alive;
 
-/// A silent peer is asked after this long, then every [`KEEPALIVE_INTERVAL`].
-const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
-const KEEPALIVE_RETRIES: u32 = 6;
-/// Unacknowledged data kills a connection after this long.
-const USER_TIMEOUT: Duration = Duration::from_secs(120);
 /// How often another port is tried when the one drawn is taken (rule 7).
 const PORT_TRIES: usize = 32;
 
@@ -40,19 +35,8 @@ pub(super) fn prepare_listener(listener: &impl AsFd) -> io::Result<()> {
     let socket = SockRef::from(listener);
     socket.set_nonblocking(true)?;
     socket.set_tcp_nodelay(true)?;
-    watch_over(&socket)?;
+    keep_alive(&socket)?;
     socket.set_linger(Some(Duration::ZERO))
-}
-
-/// Keep-alive and user timeout: a peer that is gone without a word does not stay for ever.
-pub(super) fn watch_over(socket: &SockRef<'_>) -> io::Result<()> {
-    socket.set_tcp_keepalive(
-        &TcpKeepalive::new()
-            .with_time(KEEPALIVE_IDLE)
-            .with_interval(KEEPALIVE_INTERVAL)
-            .with_retries(KEEPALIVE_RETRIES),
-    )?;
-    socket.set_tcp_user_timeout(Some(USER_TIMEOUT))
 }
 
 /// Why a socket did not connect.
@@ -152,7 +136,7 @@ pub(super) fn node_socket(remote: SocketAddr, source: Option<IpAddr>) -> io::Res
     )?;
     socket.set_nonblocking(true)?;
     socket.set_tcp_nodelay(true)?;
-    watch_over(&SockRef::from(&socket))?;
+    keep_alive(&socket)?;
     if let Some(source) = source {
         socket.bind(&SocketAddr::new(source, 0).into())?;
     }

@@ -29,11 +29,14 @@ use tokio::{
 };
 
 use super::{
-    COMMANDS, ProxySettings, Surroundings, accept,
+    COMMANDS, Caps, ProxySettings, Surroundings, accept,
     conns::{Callee, Caller, Conn, Conns},
-    copy::Scratch,
-    inbound, outbound,
+    copy::{Scratch, Turns},
+    inbound,
+    limits::{Bucket, Limits, Rate, Share, Way},
+    outbound,
     reason::Reason,
+    report::{Refusal, Report},
     tcp,
     tunnel::{Admission, Pool, Port, TunnelStatus, Tunnels, server},
 };
@@ -47,6 +50,8 @@ use crate::{
 };
 
 const TICK: Duration = Duration::from_secs(1);
+/// Lines about refused tunnels; the rest is counted.
+const FAILURE_WORDS: Rate = Rate::new(10, 50);
 /// After a hand-over the pods' listeners are open for so long at least: a handshake whose SYN-ACK
 /// was lost once takes a second more.
 const RETIRING: Duration = Duration::from_secs(3);
@@ -75,12 +80,23 @@ pub(super) enum Command {
 }
 
 /// What few connections need and all threads share.
-#[derive(Default)]
 pub(super) struct Shared {
     /// Handshakes nobody has proven anything in yet. Locked once per handshake.
     pub(super) admission: Arc<Admission>,
     /// Locked per connection to a Service with session affinity only.
     pub(super) affinity: Mutex<Affinity>,
+    /// A few counters per connection, shared because a pod's connections are on all threads.
+    pub(super) limits: Arc<Limits>,
+}
+
+impl Shared {
+    pub(super) fn new(caps: Caps, now: Instant) -> Self {
+        Self {
+            admission: Admission::new(now),
+            affinity: Mutex::default(),
+            limits: Limits::new(caps, now),
+        }
+    }
 }
 
 /// What a thread needs to begin.
@@ -132,6 +148,8 @@ pub(super) struct Thread {
     pub(super) tunnels: Tunnels,
     pub(super) loads: Loads,
     pods: RefCell<HashMap<PodUid, Rc<Pod>>>,
+    /// Strangers' failures are worth a line, but not one each.
+    pub(super) failure_words: Bucket,
     retiring: Retiring,
     /// Pods of this node that were meshed a while ago, and until when that counts.
     left: RefCell<HashMap<PodUid, Instant>>,
@@ -140,6 +158,8 @@ pub(super) struct Thread {
 /// A captured pod, as one thread serves it.
 pub(super) struct Pod {
     pub(super) sockets: Arc<dyn PodSockets>,
+    pub(super) share: Arc<Share>,
+    pub(super) turns: Rc<Turns>,
     stop: Notify,
     stopped: Cell<bool>,
 }
@@ -339,6 +359,7 @@ async fn run(
         tunnels: Tunnels::default(),
         loads: Loads::default(),
         pods: RefCell::new(HashMap::new()),
+        failure_words: Bucket::new(FAILURE_WORDS, Instant::now()),
         retiring: Retiring::default(),
         left: RefCell::new(HashMap::new()),
     });
@@ -463,6 +484,8 @@ fn captured(thread: &Rc<Thread>, sockets: Arc<dyn PodSockets>, listeners: PodLis
     let uid = PodUid::clone(sockets.uid());
     let pod = Rc::new(Pod {
         sockets,
+        share: thread.shared.limits.share(&uid),
+        turns: Rc::default(),
         stop: Notify::new(),
         stopped: Cell::new(false),
     });
@@ -491,18 +514,26 @@ fn captured(thread: &Rc<Thread>, sockets: Arc<dyn PodSockets>, listeners: PodLis
 fn serve_pod(thread: &Rc<Thread>, pod: &Rc<Pod>, direction: Direction, listener: TcpListener) {
     let thread = Rc::clone(thread);
     let pod = Rc::clone(pod);
+    let way = match direction {
+        Direction::Outbound => Way::Dialled,
+        Direction::Inbound => Way::Plain,
+    };
     spawn_local(async move {
         let serve = |stream: TcpStream, peer: SocketAddr| {
+            let peer = canonical(peer);
+            let permit = match pod.share.admit(way, Instant::now()) {
+                Ok(permit) => permit,
+                Err(refusal) => return refuse(&thread, &pod, direction, &stream, peer, &refusal),
+            };
             let served = Served::new(&thread);
             let (thread, pod) = (Rc::clone(&thread), Rc::clone(&pod));
-            let peer = canonical(peer);
             match direction {
                 Direction::Outbound => drop(spawn_local(async move {
-                    outbound::serve(thread, pod, stream, peer).await;
+                    outbound::serve(thread, pod, stream, peer, permit).await;
                     drop(served);
                 })),
                 Direction::Inbound => drop(spawn_local(async move {
-                    inbound::serve(thread, pod, stream, peer).await;
+                    inbound::serve(thread, pod, stream, peer, permit).await;
                     drop(served);
                 })),
             }
@@ -510,6 +541,28 @@ fn serve_pod(thread: &Rc<Thread>, pod: &Rc<Pod>, direction: Direction, listener:
         let failed = |word| thread.recorder.error(direction, None, word);
         accept::accept(listener, pod.stopped(), serve, failed).await;
     });
+}
+
+/// Over a cap: recorded, and reset by being dropped, before anything is made for it.
+fn refuse(
+    thread: &Thread,
+    pod: &Pod,
+    direction: Direction,
+    stream: &TcpStream,
+    peer: SocketAddr,
+    refusal: &Refusal,
+) {
+    // An error means that the client is gone already.
+    let Ok(target) = stream.local_addr() else {
+        return;
+    };
+    let mut report = Report::new(direction, peer, canonical(target));
+    let own = thread.mesh.load().workloads.get(pod.sockets.uid()).cloned();
+    match direction {
+        Direction::Outbound => report.record.src_workload = own,
+        Direction::Inbound => report.record.dst_workload = own,
+    }
+    report.refused(refusal, thread);
 }
 
 fn serve_tunnels(thread: &Rc<Thread>, listener: TcpListener) {
@@ -561,7 +614,10 @@ async fn tick(thread: Rc<Thread>, status: Arc<Mutex<ThreadStatus>>) {
     loop {
         ticks.tick().await;
         thread.pool.tidy(&thread);
-        thread.tunnels.tidy(2 * thread.settings.timing.tunnel_idle);
+        let timing = &thread.settings.timing;
+        thread
+            .tunnels
+            .tidy(2 * timing.tunnel_idle, timing.handshake);
         let mut tunnels = thread.pool.status();
         tunnels.extend(thread.tunnels.status());
         let now = ThreadStatus {

@@ -44,6 +44,17 @@ pub(super) struct Candidate {
     pub(super) last_resort: bool,
 }
 
+impl Candidate {
+    /// Of two words about one address the better one counts, in whatever order they come.
+    const fn rank(&self) -> u8 {
+        match (self.ready, self.last_resort) {
+            (true, _) => 2,
+            (false, true) => 1,
+            (false, false) => 0,
+        }
+    }
+}
+
 impl Known<'_> {
     pub(super) fn in_slices(
         &self,
@@ -81,7 +92,7 @@ impl Known<'_> {
                             last_resort: member.serving && member.terminating,
                         };
                         match found.get(&addr) {
-                            Some(known) if known.ready || !candidate.ready => {}
+                            Some(known) if known.rank() >= candidate.rank() => {}
                             Some(_) | None => {
                                 found.insert(addr, candidate);
                             }

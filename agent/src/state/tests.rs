@@ -395,6 +395,76 @@ fn ready_endpoints_come_first_and_serving_ones_that_terminate_are_the_last_resor
 }
 
 #[test]
+fn of_two_slices_that_name_an_address_the_better_word_counts_in_either_order() {
+    let told = |conditions: &str| {
+        format!(
+            "ports: [{{port: 80}}], endpoints: [{{addresses: [10.9.0.1], conditions: {{{conditions}}}}}]"
+        )
+    };
+    let ready = told("ready: true");
+    let leaving = told("ready: false, serving: true, terminating: true");
+    let dead = told("ready: false, serving: false, terminating: true");
+    // One that is ready keeps one that leaves from being asked, so the better word shows.
+    let other = "ports: [{port: 80}], endpoints: [{addresses: [10.9.0.2], conditions: {ready: \
+                 false, serving: true, terminating: true}}]";
+    let one = "x:80 [plain ? 10.9.0.1:80]";
+    let both = "x:80 [plain ? 10.9.0.1:80, plain ? 10.9.0.2:80]";
+    for (better, worse, wanted) in [
+        (&ready, &leaving, one),
+        (&ready, &dead, one),
+        (&leaving, &dead, both),
+    ] {
+        for (first, second) in [(better, worse), (worse, better)] {
+            let text = base()
+                + &service("x", "clusterIP: 10.96.0.1, ports: [{port: 80}]")
+                + &slice("x-1", "x", first)
+                + &slice("x-2", "x", second)
+                + &slice("x-3", "x", other);
+            assert_eq!(
+                lead(&mesh(&text), "10.96.0.1:80"),
+                wanted,
+                "{first} {second}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_named_port_is_the_pods_tcp_port_of_that_name() {
+    let text = base()
+        + "---\n{apiVersion: v1, kind: Pod, metadata: {name: a, namespace: shop, uid: uid-a, \
+           labels: {app: x}}, spec: {nodeName: n1, containers: [{name: main, ports: \
+           [{name: admin, containerPort: 9000}, {name: web, containerPort: 9001, protocol: UDP}, \
+           {name: web, containerPort: 9002}]}]}, status: {podIPs: [{ip: 10.1.0.5}]}}\n"
+        + &service(
+            "x",
+            "clusterIP: 10.96.0.1, selector: {app: x}, ports: [{port: 80, targetPort: web}]",
+        );
+    assert_eq!(
+        lead(&mesh(&text), "10.96.0.1:80"),
+        "x:80 [local a 10.1.0.5:9002]"
+    );
+}
+
+#[test]
+fn a_node_port_exists_in_the_families_of_its_service() {
+    let through = |addresses: &str| {
+        let spec = format!(
+            "type: NodePort, {addresses} selector: {{app: back}}, ports: [{{port: 80, nodePort: 30080}}]"
+        );
+        let mesh = mesh(&(base() + &service("x", &spec)));
+        ["192.168.0.2:30080", "[fd00:1::2]:30080"].map(|to| lead(&mesh, to).starts_with("x:80"))
+    };
+    assert_eq!(through("clusterIP: 10.96.0.1,"), [true, false]);
+    assert_eq!(through("clusterIP: \"fd00:c::1\","), [false, true]);
+    assert_eq!(
+        through("clusterIPs: [10.96.0.1, \"fd00:c::1\"],"),
+        [true, true]
+    );
+    assert_eq!(through(""), [true, true]);
+}
+
+#[test]
 fn derived_endpoints_respect_readiness_and_termination() {
     let not_ready = |text: String| text.replace("status: {", "status: {phase: Pending, ");
     let deleted = "labels: {app: x}, deletionTimestamp: \"2026-01-01T00:00:00Z\"";

@@ -30,15 +30,17 @@ use crate::ground::{Ground, PATIENCE, PORT, served};
 const SOURCE_PORT: u16 = 8081;
 /// New connections a second that an agent must bear while it changes.
 const PACE: f64 = 500.0;
+/// … and in the short version, which may share the machine with another test.
+const SHORT_PACE: f64 = 200.0;
 /// What the longest of them may take: one lost SYN costs a second.
 const LONGEST: Duration = Duration::from_millis(1_200);
 
 pub(super) fn agents_change_places_under_load_and_nobody_notices() -> Result<()> {
     // The long version is for `--full`.
-    let (hand_overs, lasting) = if std::env::var_os(picomesh_tests::FULL).is_some() {
-        (5, Duration::from_secs(60))
+    let (hand_overs, lasting, pace) = if std::env::var_os(picomesh_tests::FULL).is_some() {
+        (5, Duration::from_secs(60), PACE)
     } else {
-        (2, Duration::from_secs(10))
+        (2, Duration::from_secs(10), SHORT_PACE)
     };
     let mut ground = Ground::new()?;
     let _echoes =
@@ -83,7 +85,7 @@ pub(super) fn agents_change_places_under_load_and_nobody_notices() -> Result<()>
     for crowd in crowds {
         fared.add(crowd.stop()?);
     }
-    println!(
+    eprintln!(
         "{hand_overs} hand-overs in {:?}: {} connections, {:.0} a second, longest {:?}, {} failed",
         fared.took,
         fared.opened,
@@ -105,7 +107,7 @@ pub(super) fn agents_change_places_under_load_and_nobody_notices() -> Result<()>
     );
     // Each crowd counts its own time, so the sum is a little less than the truth.
     ensure!(
-        fared.per_second() >= PACE,
+        fared.per_second() >= pace,
         "only {:.0} connections a second were opened",
         fared.per_second()
     );

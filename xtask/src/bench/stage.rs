@@ -136,7 +136,11 @@ fn mesh(world: &World, binary: Option<&Path>, pods: &[&Pod]) -> Result<Vec<Agent
     let options = AgentOptions {
         binary: binary.map(Path::to_owned),
         ..AgentOptions::default()
-    };
+    }
+    // One pod makes all the load here; variables, because older agents know no such flags.
+    .env("PICOMESH_POD_CONNECTIONS", "100000")
+    .env("PICOMESH_POD_INBOUND_CONNECTIONS", "100000")
+    .env("PICOMESH_POD_CONNECTION_RATE", "1000000");
     let agents = world
         .nodes()
         .iter()

@@ -7,6 +7,7 @@ use std::{
 };
 
 use anyhow::Result;
+use nix::sys::signal::Signal;
 
 use super::{
     ledger::Affects,
@@ -21,7 +22,7 @@ pub(crate) struct Disturbance {
     pub(crate) play: fn(&mut Stage, &mut Chance, usize) -> Result<()>,
 }
 
-pub(crate) const ALL: [Disturbance; 5] = [
+pub(crate) const ALL: [Disturbance; 6] = [
     Disturbance {
         name: "an agent was killed",
         ends_an_agent: true,
@@ -31,6 +32,11 @@ pub(crate) const ALL: [Disturbance; 5] = [
         name: "an agent was ended and started",
         ends_an_agent: true,
         play: restart,
+    },
+    Disturbance {
+        name: "an agent was succeeded",
+        ends_an_agent: true,
+        play: succeed,
     },
     Disturbance {
         name: "a policy changed",
@@ -63,16 +69,31 @@ fn kill(stage: &mut Stage, chance: &mut Chance, node: usize) -> Result<()> {
     Ok(())
 }
 
-/// SIGTERM, without a successor: open connections have until the drain deadline.
+/// SIGTERM, without a successor, and again: then open connections are cut.
 fn restart(stage: &mut Stage, chance: &mut Chance, node: usize) -> Result<()> {
     let what = "an agent was ended and started";
     let ongoing = stage
         .shared
         .ledger
         .begins(what, format!("node{node}"), Affects::Node(node));
-    stage.agent(node)?.sigterm(Duration::from_secs(20))?;
+    let agent = stage.agent(node)?;
+    agent.process().signal(Signal::SIGTERM);
+    thread::sleep(Duration::from_millis(chance.between(200, 3_000)));
+    agent.sigterm(Duration::from_secs(20))?;
     thread::sleep(Duration::from_millis(chance.between(0, 500)));
     stage.start_agent(node)?;
+    stage.shared.ledger.over(ongoing);
+    Ok(())
+}
+
+/// Another agent takes the place of one that serves. No connection fails, new or open.
+fn succeed(stage: &mut Stage, _: &mut Chance, node: usize) -> Result<()> {
+    let what = "an agent was succeeded";
+    let ongoing = stage
+        .shared
+        .ledger
+        .begins(what, format!("node{node}"), Affects::Nobody);
+    stage.succeed_agent(node)?;
     stage.shared.ledger.over(ongoing);
     Ok(())
 }

@@ -31,6 +31,8 @@ pub(crate) const PORT: u16 = 7000;
 /// How long a change may take to hold everywhere.
 pub(crate) const SPREADS: Duration = Duration::from_secs(2);
 const START: Duration = Duration::from_secs(30);
+/// The agents' drain deadline, and time to say so.
+const DRAINED: Duration = Duration::from_secs(95);
 const NAMESPACE: &str = "mesh";
 
 /// What all threads share.
@@ -58,6 +60,8 @@ pub(crate) struct Inhabited {
 
 pub(crate) struct Stage {
     pub(crate) agents: Vec<Agent>,
+    /// Agents that were succeeded, since when, and have connections left.
+    retired: Vec<(Instant, Agent)>,
     pub(crate) alpha: Inhabited,
     pub(crate) beta: Inhabited,
     /// Leaves the mesh and joins it.
@@ -113,9 +117,11 @@ impl Stage {
             ..AgentOptions::default()
         }
         .arg("--certificate-life", "2m")
-        .arg("--drain-deadline", "2s");
+        // Longer than any connection lasts: a hand-over may cost none.
+        .arg("--drain-deadline", "90s");
         let mut stage = Self {
             agents: Vec::new(),
+            retired: Vec::new(),
             alpha,
             beta,
             drifter,
@@ -150,6 +156,16 @@ impl Stage {
         let place = self.world.node(node)?;
         let agent = self.world.start_agent_with(&place, &self.options)?;
         *self.agents.get_mut(node).context("no such agent")? = agent;
+        self.wait_captured(node)
+    }
+
+    /// A successor takes the agent's place while that one serves.
+    pub(crate) fn succeed_agent(&mut self, node: usize) -> Result<()> {
+        let place = self.world.node(node)?;
+        let next = self.world.start_agent_with(&place, &self.options)?;
+        let agent = self.agents.get_mut(node).context("no such agent")?;
+        let before = std::mem::replace(agent, next);
+        self.retired.push((Instant::now(), before));
         self.wait_captured(node)
     }
 
@@ -263,8 +279,18 @@ impl Stage {
             })
     }
 
-    /// An agent that ended by itself.
-    pub(crate) fn watch_agents(&self) {
+    /// Looks for an agent that ended by itself, and for one that was succeeded and does not end.
+    pub(crate) fn watch_agents(&mut self) {
+        self.retired.retain(|(since, agent)| {
+            let ended = agent.process().exited().is_some();
+            if !ended && since.elapsed() > DRAINED {
+                let name = agent.node().name();
+                self.shared.ledger.violation(format!(
+                    "an agent of {name} lives on {DRAINED:?} after it was succeeded"
+                ));
+            }
+            !ended && since.elapsed() <= DRAINED
+        });
         for agent in &self.agents {
             if let Some(status) = agent.process().exited() {
                 self.shared.ledger.violation(format!(

@@ -5,6 +5,7 @@
 
 mod attacks;
 mod ends;
+mod floods;
 mod network_policy;
 mod policy;
 mod relay;

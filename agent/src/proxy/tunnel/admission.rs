@@ -5,26 +5,33 @@
 //! together are bounded, and half of all places is kept for addresses of the cluster's nodes.
 //! When a bound is reached the oldest of the largest source goes: an honest handshake takes
 //! milliseconds, so whoever has waited longest in the largest crowd is the least likely to be one.
-//! The newcomer's own source counts, so that a flood pushes out itself first.
+//! The newcomer's own source counts, so that a flood pushes out itself first. And because each one
+//! costs a signature whether it waits or not, strangers together have a bound in a second.
 
 use std::{
     collections::HashMap,
     net::{IpAddr, Ipv6Addr},
     sync::Arc,
+    time::Instant,
 };
 
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
+
+use crate::proxy::limits::{Bucket, Rate};
 
 const PER_SOURCE: usize = 64;
 const IN_ALL: usize = 1024;
 /// Places that only addresses of nodes can take.
 const KEPT_FOR_NODES: usize = IN_ALL / 2;
 
+/// Handshakes that strangers begin in a second: a signature each, which is what they cost.
+const STRANGERS: Rate = Rate::new(256, 1024);
+
 /// All pending handshakes of the process.
-#[derive(Default)]
 pub(in crate::proxy) struct Admission {
     pending: Mutex<Pending>,
+    strangers: Bucket,
 }
 
 #[derive(Default)]
@@ -51,8 +58,18 @@ pub(super) struct Place {
 }
 
 impl Admission {
-    /// Always admits; somebody else may have to go for it.
-    pub(super) fn enter(self: &Arc<Self>, peer: IpAddr, node: bool) -> Place {
+    pub(in crate::proxy) fn new(now: Instant) -> Arc<Self> {
+        Arc::new(Self {
+            pending: Mutex::default(),
+            strangers: Bucket::new(STRANGERS, now),
+        })
+    }
+
+    /// A place; somebody else may have to go for it. `None`: strangers come too fast.
+    pub(super) fn enter(self: &Arc<Self>, peer: IpAddr, node: bool, now: Instant) -> Option<Place> {
+        if !node && !self.strangers.take(now) {
+            return None;
+        }
         let source = block(peer);
         let (keep, evicted) = oneshot::channel();
         let mut pending = self.pending.lock();
@@ -60,12 +77,12 @@ impl Admission {
         pending.next += 1;
         pending.add(source, node, id, keep);
         pending.make_room(source, node);
-        Place {
+        Some(Place {
             admission: Arc::clone(self),
             source,
             id,
             evicted,
-        }
+        })
     }
 }
 
@@ -163,7 +180,15 @@ fn block(peer: IpAddr) -> IpAddr {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+
+    /// A second after the one before: as slowly as nobody minds.
+    fn enter(admission: &Arc<Admission>, peer: IpAddr, node: bool) -> Place {
+        let at = Instant::now() + Duration::from_secs(admission.pending.lock().next);
+        admission.enter(peer, node, at).unwrap()
+    }
 
     fn v4(n: u32) -> IpAddr {
         std::net::Ipv4Addr::from_bits(0x0a00_0000 + n).into()
@@ -176,10 +201,10 @@ mod tests {
 
     #[test]
     fn a_source_loses_its_own_oldest_when_it_takes_too_many() {
-        let admission = Arc::new(Admission::default());
-        let mut other = admission.enter(v4(2), false);
+        let admission = Admission::new(Instant::now());
+        let mut other = enter(&admission, v4(2), false);
         let mut flood: Vec<_> = (0..PER_SOURCE + 1)
-            .map(|_| admission.enter(v4(1), false))
+            .map(|_| enter(&admission, v4(1), false))
             .collect();
         assert!(gone(&mut flood[0]));
         assert!(!gone(&mut flood[1]));
@@ -188,11 +213,11 @@ mod tests {
 
     #[test]
     fn one_ipv6_network_is_one_source() {
-        let admission = Arc::new(Admission::default());
+        let admission = Admission::new(Instant::now());
         let mut places: Vec<_> = (0..PER_SOURCE as u16 + 1)
             .map(|n| {
                 let ip = Ipv6Addr::new(0x2001, 0xdb8, 0, 1, n, 0, 0, 1);
-                admission.enter(ip.into(), false)
+                enter(&admission, ip.into(), false)
             })
             .collect();
         assert!(gone(&mut places[0]));
@@ -200,14 +225,14 @@ mod tests {
 
     #[test]
     fn strangers_cannot_take_the_places_of_nodes() {
-        let admission = Arc::new(Admission::default());
-        let mut strangers: Vec<_> = (0..2000).map(|n| admission.enter(v4(n), false)).collect();
+        let admission = Admission::new(Instant::now());
+        let mut strangers: Vec<_> = (0..2000).map(|n| enter(&admission, v4(n), false)).collect();
         let held = strangers
             .iter_mut()
             .filter_map(|place| (!gone(place)).then_some(()))
             .count();
         assert_eq!(held, IN_ALL - KEPT_FOR_NODES);
-        let mut node = admission.enter(v4(9999), true);
+        let mut node = enter(&admission, v4(9999), true);
         assert!(!gone(&mut node));
         let more = strangers
             .iter_mut()
@@ -218,11 +243,11 @@ mod tests {
 
     #[test]
     fn the_largest_crowd_pays_first() {
-        let admission = Arc::new(Admission::default());
-        let mut single = admission.enter(v4(1), false);
-        let mut crowd: Vec<_> = (0..60).map(|_| admission.enter(v4(2), false)).collect();
+        let admission = Admission::new(Instant::now());
+        let mut single = enter(&admission, v4(1), false);
+        let mut crowd: Vec<_> = (0..60).map(|_| enter(&admission, v4(2), false)).collect();
         let _rest: Vec<_> = (100..100 + 452)
-            .map(|n| admission.enter(v4(n), false))
+            .map(|n| enter(&admission, v4(n), false))
             .collect();
         assert!(!gone(&mut single));
         assert!(gone(&mut crowd[0]));
@@ -231,9 +256,9 @@ mod tests {
 
     #[test]
     fn a_finished_handshake_gives_its_place_back() {
-        let admission = Arc::new(Admission::default());
+        let admission = Admission::new(Instant::now());
         for _ in 0..5000 {
-            let mut place = admission.enter(v4(1), false);
+            let mut place = enter(&admission, v4(1), false);
             assert!(!gone(&mut place));
         }
         let pending = admission.pending.lock();
@@ -241,5 +266,19 @@ mod tests {
             (pending.strangers, pending.nodes, pending.sources.len()),
             (0, 0, 0)
         );
+    }
+
+    #[test]
+    fn strangers_that_come_too_fast_are_turned_away_and_nodes_are_not() {
+        let now = Instant::now();
+        let admission = Admission::new(now);
+        let admitted = |at| {
+            (0..5000)
+                .filter(|n| admission.enter(v4(*n), false, at).is_some())
+                .count()
+        };
+        assert_eq!(admitted(now), 1024);
+        assert!(admission.enter(v4(1), true, now).is_some());
+        assert_eq!(admitted(now + Duration::from_secs(1)), 256);
     }
 }

@@ -7,18 +7,25 @@
 //! Windows: the connection's window is as large as all streams' windows together, so that streams
 //! whose reader is slow can never stop the others.
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    cell::{Cell, RefCell},
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, Request, Uri, header};
 
-use crate::proxy::reason::Reason;
+use crate::proxy::{limits::Share, reason::Reason};
 
 /// What a peer may send on one stream before our side has taken it.
-const STREAM_WINDOW: u32 = 512 * 1024;
+pub(in crate::proxy) const STREAM_WINDOW: usize = 512 * 1024;
+/// The same while the memory of the pods that read from it is scarce.
+const SQUEEZED_WINDOW: u32 = 16 * 1024;
+const WINDOW: u32 = STREAM_WINDOW as u32;
 /// Streams that one tunnel carries; more open another tunnel.
 pub(super) const STREAMS: u32 = 1024;
-const CONNECTION_WINDOW: u32 = STREAM_WINDOW * STREAMS;
+const CONNECTION_WINDOW: u32 = WINDOW * STREAMS;
 const _: () = assert!(CONNECTION_WINDOW < 1 << 31);
 /// Largest DATA frame we take.
 pub(super) const FRAME: u32 = 128 * 1024;
@@ -35,7 +42,7 @@ const REMEMBERED_RESETS: usize = 4096;
 pub(super) fn client() -> h2::client::Builder {
     let mut builder = h2::client::Builder::new();
     builder
-        .initial_window_size(STREAM_WINDOW)
+        .initial_window_size(WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_frame_size(FRAME)
         .max_send_buffer_size(SEND_BUFFER)
@@ -50,7 +57,7 @@ pub(super) fn client() -> h2::client::Builder {
 pub fn server() -> h2::server::Builder {
     let mut builder = h2::server::Builder::new();
     builder
-        .initial_window_size(STREAM_WINDOW)
+        .initial_window_size(WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_frame_size(FRAME)
         .max_send_buffer_size(SEND_BUFFER)
@@ -60,6 +67,46 @@ pub fn server() -> h2::server::Builder {
         .max_pending_accept_reset_streams(REMEMBERED_RESETS)
         .max_local_error_reset_streams(None);
     builder
+}
+
+/// The streams' windows of one tunnel: large, unless a pod that reads from it slowly has too much in
+/// memory. The peer then hears of small ones; what it sent before is still taken.
+#[derive(Default)]
+pub(super) struct Windows {
+    squeezed_by: RefCell<Option<Arc<Share>>>,
+    squeezed: Cell<bool>,
+}
+
+impl Windows {
+    /// `true`: whoever drives the tunnel should look at [`Windows::change`].
+    pub(super) fn squeeze(&self, share: &Arc<Share>) -> bool {
+        let mut by = self.squeezed_by.borrow_mut();
+        let first = by.is_none();
+        *by = Some(Arc::clone(share));
+        first
+    }
+
+    /// Is the pressure over, and the peer not told so?
+    pub(super) fn may_grow(&self) -> bool {
+        let by = self.squeezed_by.borrow();
+        by.as_ref().is_some_and(|share| !share.is_pressed())
+    }
+
+    /// Tells the peer by `set` what has changed. It may fail while the last change is not
+    /// acknowledged; the next call tries again.
+    pub(super) fn change(&self, set: impl FnOnce(u32) -> Result<(), h2::Error>) {
+        let squeeze = !self.may_grow() && self.squeezed_by.borrow().is_some();
+        if squeeze != self.squeezed.get() {
+            let window = if squeeze { SQUEEZED_WINDOW } else { WINDOW };
+            if set(window).is_err() {
+                return;
+            }
+            self.squeezed.set(squeeze);
+        }
+        if !squeeze {
+            self.squeezed_by.borrow_mut().take();
+        }
+    }
 }
 
 /// A CONNECT to `target` for `client`.

@@ -1,10 +1,12 @@
 //! Tunnels between nodes: HBONE, that is HTTP/2 CONNECT over mutual TLS.
 //!
 //! [`pool`] opens them and [`server`] accepts them; [`hbone`] is what both sides must agree on,
-//! [`wire`] the TCP below TLS, [`admission`] bounds what strangers may cost before they have proven
-//! who they are. Nothing here resolves or decides where a connection goes.
+//! [`wire`] the TCP below TLS. [`admission`] bounds what strangers may cost before they have proven
+//! who they are, [`flood`] what peers may cost afterwards. Nothing here resolves or decides where a
+//! connection goes.
 
 mod admission;
+mod flood;
 pub mod hbone;
 mod pool;
 pub(super) mod server;
@@ -21,6 +23,7 @@ use serde::Serialize;
 use tokio::sync::Notify;
 
 pub(super) use admission::Admission;
+pub(super) use hbone::STREAM_WINDOW;
 pub(super) use pool::{Pool, Route};
 pub(super) use server::Port;
 
@@ -90,13 +93,10 @@ impl Tunnels {
     }
 
     /// Says goodbye to tunnels that nobody has used for so long, and to clients whose certificate
-    /// is over: their open streams finish.
-    pub(super) fn tidy(&self, idle: Duration) {
+    /// is over: their open streams finish. Cuts those whose peer does not answer a goodbye.
+    pub(super) fn tidy(&self, idle: Duration, patience: Duration) {
         for tunnel in self.open.borrow().iter() {
-            let unused = tunnel.idle_for().is_some_and(|unused| unused > idle);
-            if unused || tunnel.expired() {
-                tunnel.say_goodbye();
-            }
+            tunnel.tidy(idle, patience);
         }
     }
 

@@ -14,10 +14,10 @@ use std::{
     collections::HashMap,
     future::Future,
     net::{IpAddr, SocketAddr},
-    pin::pin,
+    pin::{Pin, pin},
     rc::Rc,
     sync::Arc,
-    task::Poll,
+    task::{Poll, Waker},
     time::{Duration, Instant, SystemTime},
 };
 
@@ -31,7 +31,9 @@ use tokio::{sync::watch, task::spawn_local, time::timeout};
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use super::{
-    TunnelStatus, hbone,
+    TunnelStatus,
+    flood::{self, Cut, Guard},
+    hbone::{self, Windows},
     wire::{UNSENT, Wire},
 };
 use crate::{
@@ -40,6 +42,7 @@ use crate::{
     proxy::{
         TUNNEL_PORT,
         copy::Counted,
+        limits::Share,
         reason::Reason,
         report::Refusal,
         tcp,
@@ -158,6 +161,9 @@ struct Tunnel {
     looked: Cell<Instant>,
     moved_when_looked: Cell<u64>,
     bulk: Cell<bool>,
+    windows: Windows,
+    /// Of whoever drives it.
+    waker: RefCell<Option<Waker>>,
 }
 
 /// One stream of a tunnel, counted until it is dropped.
@@ -173,6 +179,12 @@ impl StreamCount {
 impl Counted for StreamCount {
     fn moved(&self, bytes: usize) {
         self.0.moved.set(self.0.moved.get() + bytes as u64);
+    }
+
+    fn squeeze(&self, share: &Arc<Share>) {
+        if self.0.windows.squeeze(share) {
+            self.0.wake();
+        }
     }
 }
 
@@ -281,6 +293,9 @@ impl Pool {
                 if idle {
                     tunnel.retire();
                 }
+                if tunnel.windows.may_grow() {
+                    tunnel.wake();
+                }
                 !idle && tunnel.usable(thread)
             });
         }
@@ -352,6 +367,13 @@ impl Tunnel {
         self.streams.get() < allowed.min(hbone::STREAMS as usize)
     }
 
+    /// Whoever drives the tunnel has something to do.
+    fn wake(&self) {
+        if let Some(waker) = &*self.waker.borrow() {
+            waker.wake_by_ref();
+        }
+    }
+
     fn retire(&self) {
         self.sender.borrow_mut().take();
     }
@@ -395,18 +417,23 @@ struct Attempt {
     from: Option<Rc<Pod>>,
 }
 
-type Tls = TlsStream<Wire>;
+type Tls = Guard<TlsStream<Wire>>;
 
 impl Attempt {
     async fn run(self, thread: Rc<Thread>, done: watch::Sender<Option<Result<(), Failure>>>) {
         match self.open(&thread).await {
-            Ok((tunnel, connection)) => {
+            Ok((tunnel, connection, cut)) => {
                 thread.recorder.handshake(false, "ok");
                 thread.recorder.tunnels(1);
                 thread.pool.opened(&self.key, Some(Rc::clone(&tunnel)));
                 done.send_replace(Some(Ok(())));
                 drop(done);
-                drive(connection, &tunnel, thread.settings.timing.ping).await;
+                let ended = drive(connection, &tunnel, thread.settings.timing.ping).await;
+                if let Some(reason) = ended.and_then(|error| flood::verdict(&cut, &error)) {
+                    thread.recorder.tunnel_cut(reason.word());
+                    tracing::warn!(remote = %tunnel.remote, reason = reason.word(),
+                        "cut a tunnel whose peer asks too much");
+                }
                 // Streams that are still open were reset with it; they see an error, never an end.
                 tunnel.retire();
                 thread.pool.forget(&tunnel);
@@ -428,7 +455,7 @@ impl Attempt {
     async fn open(
         &self,
         thread: &Rc<Thread>,
-    ) -> Result<(Rc<Tunnel>, Connection<Tls, Bytes>), Failure> {
+    ) -> Result<(Rc<Tunnel>, Connection<Tls, Bytes>, Cut), Failure> {
         let config = thread
             .identities
             .client_config(&self.key.source, &self.key.destination)
@@ -439,7 +466,7 @@ impl Attempt {
         let mut last: Option<Failure> = None;
         for remote in &self.to {
             match self.open_to(thread, *remote, &config).await {
-                Ok((sender, connection, until)) => {
+                Ok((sender, connection, until, cut)) => {
                     let now = Instant::now();
                     let tunnel = Rc::new(Tunnel {
                         key: self.key.clone(),
@@ -454,8 +481,10 @@ impl Attempt {
                         looked: Cell::new(now),
                         moved_when_looked: Cell::new(0),
                         bulk: Cell::new(false),
+                        windows: Windows::default(),
+                        waker: RefCell::new(None),
                     });
-                    return Ok((tunnel, connection));
+                    return Ok((tunnel, connection, cut));
                 }
                 // That nobody is at one address must not hide an impostor at another.
                 Err(failure) => {
@@ -476,7 +505,7 @@ impl Attempt {
         thread: &Rc<Thread>,
         remote: SocketAddr,
         config: &Arc<ClientConfig>,
-    ) -> Result<(SendRequest<Bytes>, Connection<Tls, Bytes>, SystemTime), Failure> {
+    ) -> Result<(SendRequest<Bytes>, Connection<Tls, Bytes>, SystemTime, Cut), Failure> {
         let timing = &thread.settings.timing;
         let fail = |reason: Reason, detail: String| Failure {
             reason,
@@ -514,7 +543,8 @@ impl Attempt {
                 return Err(fail(Reason::TunnelFailed, detail));
             }
         };
-        let session = tls.get_mut().1;
+        let (wire, session) = tls.get_mut();
+        wire.peer_is_known();
         session.set_buffer_limit(Some(UNSENT));
         if session
             .alpn_protocol()
@@ -536,11 +566,12 @@ impl Attempt {
                     format!("{remote} has no certificate"),
                 )
             })?;
+        let (guarded, cut) = Guard::client(tls, timing.handshake);
         let (sender, connection) = hbone::client()
-            .handshake(tls)
+            .handshake(guarded)
             .await
             .map_err(|error| fail(Reason::TunnelFailed, format!("{remote}: {error}")))?;
-        Ok((sender, connection, until))
+        Ok((sender, connection, until, cut))
     }
 }
 
@@ -555,15 +586,29 @@ fn handshake_reason(error: &std::io::Error) -> Reason {
     }
 }
 
-/// Runs the tunnel until it ends, and ends it when its peer has gone silent.
-async fn drive(mut connection: Connection<Tls, Bytes>, tunnel: &Tunnel, every: Duration) {
+/// Runs the tunnel until it ends, and ends it when its peer has gone silent; an error that ended it
+/// is handed back.
+async fn drive(
+    mut connection: Connection<Tls, Bytes>,
+    tunnel: &Tunnel,
+    every: Duration,
+) -> Option<h2::Error> {
     let mut ping_pong = connection.ping_pong();
-    let mut connection = pin!(connection);
     let mut ticks = pin!(async_ticks(every));
     let mut waiting = false;
     let ended = std::future::poll_fn(|cx| {
-        if let Poll::Ready(result) = connection.as_mut().poll(cx) {
+        tunnel
+            .windows
+            .change(|size| connection.set_initial_window_size(size));
+        if let Poll::Ready(result) = Pin::new(&mut connection).poll(cx) {
             return Poll::Ready(result.err());
+        }
+        let mut waker = tunnel.waker.borrow_mut();
+        if !waker
+            .as_ref()
+            .is_some_and(|waker| waker.will_wake(cx.waker()))
+        {
+            *waker = Some(cx.waker().clone());
         }
         if let Some(ping_pong) = &mut ping_pong {
             if waiting && ping_pong.poll_pong(cx).is_ready() {
@@ -584,9 +629,10 @@ async fn drive(mut connection: Connection<Tls, Bytes>, tunnel: &Tunnel, every: D
         Poll::Pending
     })
     .await;
-    if let Some(error) = ended {
+    if let Some(error) = &ended {
         tracing::debug!(remote = %tunnel.remote, %error, "a tunnel ended");
     }
+    ended
 }
 
 fn async_ticks(every: Duration) -> tokio::time::Interval {

@@ -13,7 +13,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     rc::Rc,
     sync::Arc,
-    task::Waker,
+    task::{Poll, Waker},
     time::{Duration, Instant, SystemTime},
 };
 
@@ -26,10 +26,12 @@ use tokio::{
     task::spawn_local,
     time::{timeout, timeout_at},
 };
-use tokio_rustls::{LazyConfigAcceptor, server::TlsStream};
+use tokio_rustls::{LazyConfigAcceptor, StartHandshake, server::TlsStream};
 
 use super::{
-    TunnelStatus, hbone,
+    TunnelStatus,
+    flood::{self, Cut, Guard},
+    hbone::{self, Windows},
     wire::{UNSENT, Wire},
 };
 use crate::{
@@ -39,7 +41,8 @@ use crate::{
     proxy::{
         authz,
         conns::{Callee, Conn},
-        copy::{Counted, Meter, Receive, Shared, StreamPump, Toward},
+        copy::{Counted, Meter, Receive, Shared, StreamPump, Toward, Turns},
+        limits::{Permit, Share as PodShare, Way},
         reason::{HEADER, Reason},
         report::{Refusal, Report},
         tcp::{self, TcpEnd},
@@ -75,25 +78,49 @@ pub(super) struct ServerTunnel {
     streams: Cell<usize>,
     idle_since: Cell<Instant>,
     moved: Cell<u64>,
-    goodbye: Cell<bool>,
+    windows: Windows,
+    goodbye: Cell<Option<Instant>>,
+    /// The peer did not answer the goodbye.
+    abandoned: Cell<bool>,
     waker: RefCell<Option<Waker>>,
 }
 
 impl ServerTunnel {
     pub(super) fn say_goodbye(&self) {
-        self.goodbye.set(true);
-        if let Some(waker) = self.waker.borrow_mut().take() {
-            waker.wake();
+        if self.goodbye.get().is_none() {
+            self.goodbye.set(Some(Instant::now()));
+            self.wake();
+        }
+    }
+
+    /// See [`super::Tunnels::tidy`].
+    pub(super) fn tidy(&self, idle: Duration, patience: Duration) {
+        let unused = self.streams.get() == 0;
+        match self.goodbye.get() {
+            None if self.expired() || (unused && self.idle_since.get().elapsed() > idle) => {
+                self.say_goodbye();
+            }
+            Some(said) if unused && said.max(self.idle_since.get()).elapsed() > patience => {
+                self.abandoned.set(true);
+                self.wake();
+            }
+            None | Some(_) => {}
+        }
+        if self.windows.may_grow() {
+            self.wake();
         }
     }
 
     /// The client's certificate is over: what it proved counts for nothing new.
-    pub(super) fn expired(&self) -> bool {
+    fn expired(&self) -> bool {
         SystemTime::now() >= self.until
     }
 
-    pub(super) fn idle_for(&self) -> Option<Duration> {
-        (self.streams.get() == 0).then(|| self.idle_since.get().elapsed())
+    /// Whoever drives the tunnel has something to do.
+    fn wake(&self) {
+        if let Some(waker) = &*self.waker.borrow() {
+            waker.wake_by_ref();
+        }
     }
 
     pub(super) fn status(&self) -> TunnelStatus {
@@ -105,7 +132,7 @@ impl ServerTunnel {
             streams: self.streams.get(),
             bytes: self.moved.get(),
             seconds: self.opened.elapsed().as_secs(),
-            retiring: self.goodbye.get(),
+            retiring: self.goodbye.get().is_some(),
         }
     }
 }
@@ -116,6 +143,12 @@ struct StreamCount(Rc<ServerTunnel>);
 impl Counted for StreamCount {
     fn moved(&self, bytes: usize) {
         self.0.moved.set(self.0.moved.get() + bytes as u64);
+    }
+
+    fn squeeze(&self, share: &Arc<PodShare>) {
+        if self.0.windows.squeeze(share) {
+            self.0.wake();
+        }
     }
 }
 
@@ -139,25 +172,32 @@ pub(in crate::proxy) async fn serve(
     let Ok(local) = tcp.local_addr().map(canonical) else {
         return;
     };
-    let (connection, tunnel) = match Box::pin(shake_hands(&thread, tcp, remote, local, port)).await
-    {
-        Ok(standing) => standing,
-        Err(refusal) => {
-            thread.recorder.handshake(true, refusal.reason.word());
-            tracing::info!(%remote, reason = refusal.reason.word(), detail = refusal.detail,
+    let (connection, tunnel, cut) =
+        match Box::pin(shake_hands(&thread, tcp, remote, local, port)).await {
+            Ok(standing) => standing,
+            Err(refusal) => {
+                thread.recorder.handshake(true, refusal.reason.word());
+                if thread.failure_words.take(Instant::now()) {
+                    tracing::info!(%remote, reason = refusal.reason.word(), detail = refusal.detail,
                     "tunnel refused");
-            return Report::new(Direction::Inbound, remote, local).refused(&refusal, &thread);
-        }
-    };
+                }
+                return Report::new(Direction::Inbound, remote, local).refused(&refusal, &thread);
+            }
+        };
     thread.recorder.handshake(true, "ok");
     thread.recorder.tunnels(1);
     thread.tunnels.add(&tunnel);
-    run(&thread, &tunnel, connection).await;
+    let ended = run(&thread, &tunnel, connection).await;
+    if let Some(reason) = ended.and_then(|error| flood::verdict(&cut, &error)) {
+        thread.recorder.tunnel_cut(reason.word());
+        tracing::warn!(%remote, client = %tunnel.client, reason = reason.word(),
+            "cut a tunnel whose peer asks too much");
+    }
     thread.tunnels.remove(&tunnel);
     thread.recorder.tunnels(-1);
 }
 
-type Connection = h2::server::Connection<TlsStream<Wire>, Bytes>;
+type Connection = h2::server::Connection<Guard<TlsStream<Wire>>, Bytes>;
 
 /// From a stranger's first byte to a peer with a name, within bounds.
 async fn shake_hands(
@@ -166,24 +206,32 @@ async fn shake_hands(
     remote: SocketAddr,
     local: SocketAddr,
     port: Port,
-) -> Result<(Connection, Rc<ServerTunnel>), Refusal> {
+) -> Result<(Connection, Rc<ServerTunnel>, Cut), Refusal> {
     let node = thread
         .mesh
         .load()
         .node_of_address
         .contains_key(&remote.ip());
-    let mut place = thread.shared.admission.enter(remote.ip(), node);
+    let mut place = thread
+        .shared
+        .admission
+        .enter(remote.ip(), node, Instant::now())
+        .ok_or(Reason::HandshakeRate)?;
     let deadline = tokio::time::Instant::now() + thread.settings.timing.handshake;
     let handshake = timeout_at(deadline, async {
-        let (tls, server) = accept_tls(thread, tcp, &port).await?;
+        let hello = LazyConfigAcceptor::new(Acceptor::default(), Wire::new(tcp))
+            .await
+            .map_err(|error| handshake_failed(&error))?;
+        // On the heap from here: who says nothing costs little.
+        let (tls, server) = Box::pin(accept_tls(thread, hello, &port)).await?;
         let client = client(&tls)?;
-        let connection = hbone::server()
-            .handshake::<_, Bytes>(tls)
+        let (guarded, cut) = Guard::server(tls, thread.settings.timing.handshake);
+        let connection = Box::pin(hbone::server().handshake::<_, Bytes>(guarded))
             .await
             .map_err(|error| Refusal::new(Reason::HandshakeFailed, error.to_string()))?;
-        Ok::<_, Refusal>((connection, client, server))
+        Ok::<_, Refusal>((connection, cut, client, server))
     });
-    let (connection, client, server) = tokio::select! {
+    let (connection, cut, client, server) = tokio::select! {
         done = handshake => match done {
             Ok(done) => done?,
             Err(_) => return Err(Reason::HandshakeTimeout.into()),
@@ -206,21 +254,20 @@ async fn shake_hands(
         streams: Cell::new(0),
         idle_since: Cell::new(now),
         moved: Cell::new(0),
-        goodbye: Cell::new(false),
+        windows: Windows::default(),
+        goodbye: Cell::new(None),
+        abandoned: Cell::new(false),
         waker: RefCell::new(None),
     });
-    Ok((connection, tunnel))
+    Ok((connection, tunnel, cut))
 }
 
 /// TLS, as the identity that SNI asks for, or as the pod whose address it is.
 async fn accept_tls(
     thread: &Thread,
-    tcp: TcpStream,
+    hello: StartHandshake<Wire>,
     port: &Port,
 ) -> Result<(TlsStream<Wire>, Identity), Refusal> {
-    let hello = LazyConfigAcceptor::new(Acceptor::default(), Wire::new(tcp))
-        .await
-        .map_err(|error| handshake_failed(&error))?;
     let (identity, config): (Identity, Arc<ServerConfig>) = match port {
         Port::Node => {
             let asked = hello.client_hello();
@@ -254,7 +301,9 @@ async fn accept_tls(
         .into_stream(config)
         .await
         .map_err(|error| handshake_failed(&error))?;
-    tls.get_mut().1.set_buffer_limit(Some(UNSENT));
+    let (wire, session) = tls.get_mut();
+    wire.peer_is_known();
+    session.set_buffer_limit(Some(UNSENT));
     Ok((tls, identity))
 }
 
@@ -295,18 +344,28 @@ fn handshake_failed(error: &io::Error) -> Refusal {
     Refusal::new(reason, identity::handshake_sentence(error))
 }
 
-/// Accepts streams until the tunnel ends.
-async fn run(thread: &Rc<Thread>, tunnel: &Rc<ServerTunnel>, mut connection: Connection) {
+/// Accepts streams until the tunnel ends; an error that ended it is handed back.
+async fn run(
+    thread: &Rc<Thread>,
+    tunnel: &Rc<ServerTunnel>,
+    mut connection: Connection,
+) -> Option<h2::Error> {
     let mut said = false;
     loop {
         let next = poll_fn(|cx| {
-            if tunnel.goodbye.get() && !said {
+            if tunnel.abandoned.get() {
+                return Poll::Ready(None);
+            }
+            tunnel
+                .windows
+                .change(|size| connection.set_initial_window_size(size));
+            if tunnel.goodbye.get().is_some() && !said {
                 // The peer opens no new streams; those that are open finish.
                 connection.graceful_shutdown();
                 said = true;
             }
             let next = connection.poll_accept(cx);
-            if next.is_pending() && !said {
+            if next.is_pending() {
                 let mut waker = tunnel.waker.borrow_mut();
                 if !waker
                     .as_ref()
@@ -326,9 +385,9 @@ async fn run(thread: &Rc<Thread>, tunnel: &Rc<ServerTunnel>, mut connection: Con
             }
             Some(Err(error)) => {
                 tracing::debug!(remote = %tunnel.remote, %error, "a tunnel ended");
-                return;
+                return Some(error);
             }
-            None => return,
+            None => return None,
         }
     }
 }
@@ -338,6 +397,8 @@ struct Standing {
     socket: TcpStream,
     meter: Meter,
     conn: Rc<Conn>,
+    permit: Permit,
+    turns: Rc<Turns>,
 }
 
 /// One connection, from CONNECT to its record.
@@ -358,13 +419,10 @@ async fn serve_stream(
             socket,
             meter,
             conn,
+            permit,
+            turns,
         }) => {
-            let shared = Shared {
-                scratch: Rc::clone(&thread.scratch),
-                recorder: Rc::clone(&thread.recorder),
-                conn,
-                meter,
-            };
+            let shared = Shared::new(&thread, &turns, permit, conn, meter);
             // An error means that the stream is reset already: dropping the socket says so.
             let Ok(send) = respond.send_response(Response::new(()), false) else {
                 let end = crate::proxy::copy::End::Broken(Reason::ClientReset);
@@ -473,8 +531,15 @@ async fn establish(
         }
     }
 
+    // Last: who may not come in uses up nothing of the pod's.
+    let pod = thread.pod(&callee.uid);
+    let share = match &pod {
+        Some(pod) => Arc::clone(&pod.share),
+        None => thread.shared.limits.share(&callee.uid),
+    };
+    let mut permit = share.admit(Way::Tunnelled, Instant::now())?;
     let patience = thread.settings.timing.connect;
-    let socket = match thread.pod(&callee.uid) {
+    let socket = match &pod {
         Some(pod) => {
             let source = Source::Keep {
                 client: client_addr,
@@ -485,6 +550,7 @@ async fn establish(
         None => tcp::connect(target, patience, || tcp::node_socket(target, None)).await,
     }
     .map_err(|error| Refusal::new(error.reason(), error.to_string()))?;
+    permit.established();
     let guarded = Callee {
         uid: callee.uid.clone(),
         client,
@@ -499,6 +565,8 @@ async fn establish(
             received: 0,
         },
         conn: thread.register(&mesh, None, Some(guarded)),
+        permit,
+        turns: pod.map_or_else(Rc::default, |pod| Rc::clone(&pod.turns)),
     })
 }
 

@@ -17,12 +17,18 @@ use tokio::{
 
 use super::hbone::FRAME;
 
+/// What one read takes of a stranger, and what all of them together may be before the handshake is
+/// done: certificates of three CAs fit several times. It bounds what a half-open handshake costs.
+const OF_A_STRANGER: usize = 2 * 1024;
+const HANDSHAKE: usize = 16 * 1024;
 /// What one read takes at first: a record, or many small ones.
 const SMALL: usize = 16 * 1024 + 256;
 /// Under bulk: eight records.
 const LARGE: usize = 8 * SMALL;
 /// After so many small reads in a row the bulk is over and its buffer is given back.
 const QUIET_READS: u32 = 256;
+/// Reads in a row before the thread's others have their turn.
+const TURN: u32 = 8;
 /// Ciphertext that rustls keeps for the socket. The largest DATA frame fits with its overhead, so
 /// that it leaves in one call and not in two.
 pub(super) const UNSENT: usize = 2 * FRAME as usize;
@@ -37,6 +43,10 @@ pub(super) struct Wire {
     wanted: usize,
     /// Reads in a row that would have fitted a small buffer.
     quiet: u32,
+    /// Reads since this gave way.
+    turn: u32,
+    /// What a stranger may still send; `None`: no stranger any more.
+    stranger: Option<usize>,
 }
 
 impl Wire {
@@ -46,13 +56,24 @@ impl Wire {
             buffer: Box::default(),
             start: 0,
             end: 0,
-            wanted: SMALL,
+            wanted: OF_A_STRANGER,
             quiet: 0,
+            turn: 0,
+            stranger: Some(HANDSHAKE),
         }
+    }
+
+    /// The handshake is done: from here on flow control bounds what comes.
+    pub(super) fn peer_is_known(&mut self) {
+        self.stranger = None;
+        self.wanted = SMALL;
     }
 
     /// Learns from a read how long the buffer should be.
     fn adapt(&mut self, read: usize) {
+        if self.stranger.is_some() {
+            return;
+        }
         if read > SMALL / 2 {
             self.quiet = 0;
             if read == self.buffer.len() {
@@ -78,10 +99,28 @@ impl AsyncRead for Wire {
             if this.buffer.len() != this.wanted {
                 this.buffer = vec![0; this.wanted].into_boxed_slice();
             }
+            if this.turn == TURN {
+                this.turn = 0;
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            this.turn += 1;
             let mut all = ReadBuf::new(&mut this.buffer);
-            ready!(Pin::new(&mut this.tcp).poll_read(cx, &mut all))?;
+            let read = Pin::new(&mut this.tcp).poll_read(cx, &mut all);
+            if read.is_pending() {
+                this.turn = 0;
+            }
+            ready!(read)?;
             this.start = 0;
             this.end = all.filled().len();
+            if let Some(left) = this.stranger {
+                let Some(left) = left.checked_sub(this.end) else {
+                    return Poll::Ready(Err(io::Error::other(
+                        "more bytes than a handshake may have",
+                    )));
+                };
+                this.stranger = Some(left);
+            }
             this.adapt(this.end);
         }
         let length = out.remaining().min(this.end - this.start);
@@ -136,6 +175,7 @@ mod tests {
         let near = TcpStream::connect(listener.local_addr().unwrap());
         let (near, far) = tokio::join!(near, listener.accept());
         let (mut wire, mut far) = (Wire::new(near.unwrap()), far.unwrap().0);
+        wire.peer_is_known();
         let bulk: Vec<u8> = (0..8 * LARGE).map(|at| (at / 7) as u8).collect();
 
         let sent = bulk.clone();
@@ -156,5 +196,24 @@ mod tests {
             assert_eq!(&got, b"small");
         }
         assert_eq!(wire.buffer.len(), SMALL);
+    }
+
+    #[tokio::test]
+    async fn a_stranger_has_small_buffers_and_an_end() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap());
+        let (near, far) = tokio::join!(near, listener.accept());
+        let (mut wire, mut far) = (Wire::new(near.unwrap()), far.unwrap().0);
+        let talk = tokio::spawn(async move {
+            // It fails when the other side has had enough.
+            let _cut = far.write_all(&vec![b'x'; 4 * HANDSHAKE]).await;
+            far
+        });
+        let mut got = vec![0; HANDSHAKE];
+        wire.read_exact(&mut got).await.unwrap();
+        assert_eq!(wire.buffer.len(), OF_A_STRANGER);
+        assert!(wire.read_exact(&mut got).await.is_err());
+        drop(wire);
+        talk.await.unwrap();
     }
 }
