@@ -215,10 +215,11 @@ fn fifty_pods_are_served_again_within_a_second() -> Result<()> {
     let slots = slots(&agent, &pods)?;
     // Behind the gateway, or nobody would answer the question for its neighbour.
     let elsewhere: SocketAddr = "10.250.0.9:9".parse()?;
-    ensure!(
-        is_captured(&pods[0], elsewhere),
-        "control: with an agent a captured connection does not stand"
-    );
+    wait::until(
+        "control: with an agent a captured connection stands",
+        PATIENCE,
+        || is_captured(&pods[0], elsewhere),
+    )?;
     agent.kill9();
     ensure!(
         !is_captured(&pods[0], elsewhere),

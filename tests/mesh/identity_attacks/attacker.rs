@@ -3,6 +3,7 @@
 use std::{
     fs,
     future::Future,
+    io,
     net::SocketAddr,
     path::Path,
     sync::{
@@ -11,7 +12,7 @@ use std::{
         mpsc,
     },
     thread::JoinHandle,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::{Context, Result, anyhow};
@@ -279,6 +280,20 @@ pub(super) struct Impostor {
     thread: Option<JoinHandle<()>>,
 }
 
+/// The impostor before may hold its port for a moment: a child that was between fork and exec when
+/// its listener was closed keeps that open until the exec.
+async fn listen_in_time(at: SocketAddr) -> io::Result<TcpListener> {
+    let started = Instant::now();
+    loop {
+        match TcpListener::bind(at).await {
+            Err(e) if e.kind() == io::ErrorKind::AddrInUse && started.elapsed() < PATIENCE => {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            done => return done,
+        }
+    }
+}
+
 impl Impostor {
     /// Listens at `at` in `netns` and shows `credentials` to everybody.
     pub(super) fn start(netns: &Netns, at: SocketAddr, credentials: &Credentials) -> Result<Self> {
@@ -295,7 +310,7 @@ impl Impostor {
         let (ready, bound) = mpsc::sync_channel(1);
         let thread = netns.spawn("impostor", move || {
             let served = on_one_thread(async {
-                let listener = match TcpListener::bind(at).await {
+                let listener = match listen_in_time(at).await {
                     Ok(listener) => listener,
                     Err(error) => {
                         let _ = ready.send(Err(error));
