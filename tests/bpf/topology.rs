@@ -125,8 +125,9 @@ pub(crate) fn prepare() -> Result<()> {
     );
     unshare(CloneFlags::CLONE_NEWNS).context("unshare(CLONE_NEWNS)")?;
     let none = None::<&str>;
-    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
-        .context("making mounts private")?;
+    // Not "/": in a chroot that need not be a mount point. Nothing is mounted but below /sys.
+    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+    mount(none, "/sys", none, private, none).context("making the mounts of /sys private")?;
     let dir = PathBuf::from("/sys/fs/bpf");
     mount(Some("bpf"), &dir, Some("bpf"), MsFlags::empty(), none)
         .context("mounting a bpffs: the kernel needs CONFIG_BPF_SYSCALL")?;
