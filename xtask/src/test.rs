@@ -11,6 +11,7 @@ mod steps;
 use std::process::{Command, ExitCode};
 
 use anyhow::Result;
+use nix::unistd::geteuid;
 use picomesh_tests::{reaper, requirements};
 
 pub(crate) use self::{count::Count, steps::run as run_step};
@@ -121,6 +122,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
 fn run_tier(tier: Tier, filter: Option<&str>, full: bool) -> Count {
     let prepared = match tier {
         Tier::Lint => needs::ensure(&[Purpose::Build, Purpose::Deny]),
+        // As root they use namespaces, too.
+        Tier::Unit if geteuid().is_root() => needs::ensure(&[Purpose::Build, Purpose::World]),
         Tier::Unit => needs::ensure(&[Purpose::Build]),
         Tier::Bpf | Tier::Mesh => {
             if let Some(missing) = requirements::missing().first() {
