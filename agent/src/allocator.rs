@@ -4,16 +4,22 @@
 //! move; a proxy that falls silent after a burst would keep them for good. So `app` winds that
 //! clock once a second ([`give_back`]).
 //!
-//! A start, or a reading of manifests, runs megabytes of code that nothing needs afterwards
-//! (parsers, conversions, loaders), and leaves garbage of the same size. When it is over, `app`
-//! calls [`settle`].
+//! A start, a reading of manifests or a burst runs megabytes of code that nothing needs afterwards
+//! (parsers, conversions, loaders, handshakes), and leaves garbage of the same size. When it is
+//! over, which [`processor_time`] tells, `app` calls [`settle`].
 //!
 //! Which allocator is in force is the binary's matter. Where it is another one (unit tests), this
 //! winds a clock that nobody looks at.
 
-use std::{ffi::CStr, fs, ptr};
+use std::{ffi::CStr, fs, ptr, time::Duration};
 
-use nix::libc;
+use nix::{
+    libc,
+    sys::{
+        resource::{UsageWho, getrusage},
+        time::TimeVal,
+    },
+};
 
 /// `MALLCTL_ARENAS_ALL`, as jemalloc's header has it: every arena.
 const DECAY_ALL_ARENAS: &CStr = c"arena.4096.decay";
@@ -41,6 +47,18 @@ pub fn settle() {
             )
         };
     }
+}
+
+/// What all threads have run so far. Zero where the kernel does not tell.
+pub fn processor_time() -> Duration {
+    let of = |time: TimeVal| {
+        let micros = u64::try_from(time.tv_usec()).unwrap_or(0);
+        Duration::from_secs(u64::try_from(time.tv_sec()).unwrap_or(0))
+            + Duration::from_micros(micros)
+    };
+    getrusage(UsageWho::RUSAGE_SELF)
+        .map(|usage| of(usage.user_time()) + of(usage.system_time()))
+        .unwrap_or_default()
 }
 
 /// Where a line of /proc/self/maps tells of code, or of the constants that lie in front of it.
@@ -91,6 +109,13 @@ mod tests {
     fn jemalloc_knows_the_calls() {
         give_back();
         settle();
+    }
+
+    #[test]
+    fn who_works_spends_processor_time() {
+        let before = processor_time();
+        let worked = (0..u64::MAX).any(|_| processor_time() > before);
+        assert!(worked);
     }
 
     #[test]

@@ -66,6 +66,10 @@ const EVENTS: usize = 64;
 /// How often memory that is free is looked for.
 const TURN: Duration = Duration::from_secs(1);
 const TURN_AT_START: Duration = Duration::from_millis(100);
+/// Less processor time than this in a turn is none to speak of.
+const CALM: Duration = Duration::from_millis(20);
+/// So much processor time leaves something worth giving back; some minutes of an idle agent do.
+const WORK: Duration = Duration::from_millis(200);
 /// For what has nothing to do with connections, once those have ended.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 /// A successor that repairs already waits for so long until all is as it should be before it lets
@@ -599,19 +603,26 @@ async fn await_certificates(identities: Identities, held: crate::readiness::Task
     }
 }
 
-/// A burst's memory goes back by the clock, that of the start and of changes when they are over.
+/// A burst's memory goes back by the clock; what a start, a change or a burst has run and left
+/// lying about goes when it is over.
 async fn give_memory_back(readiness: Readiness, mut changes: watch::Receiver<u64>) {
-    let (mut ready, mut settled) = (false, false);
+    let mut ready = false;
+    let (mut last, mut settled) = (Duration::ZERO, None);
     loop {
         sleep(if ready { TURN } else { TURN_AT_START }).await;
         ready = ready || readiness.pending().is_empty();
         if changes.has_changed().is_ok_and(|changed| changed) {
             changes.mark_unchanged();
-            settled = false;
-        } else if ready && !settled {
-            allocator::settle();
-            settled = true;
+            settled = None;
         }
+        let spent = allocator::processor_time();
+        let calm = spent.saturating_sub(last) < CALM;
+        let worked = settled.is_none_or(|then| spent.saturating_sub(then) > WORK);
+        if ready && calm && worked {
+            allocator::settle();
+            settled = Some(spent);
+        }
+        last = spent;
         allocator::give_back();
     }
 }

@@ -19,7 +19,7 @@ const PACE: u32 = 1_000;
 /// Connections of the memory load.
 const MANY: usize = 1_000;
 /// From the last byte to reading what memory is in use, while the connections stay.
-const QUIET: Duration = Duration::from_millis(500);
+const QUIET: Duration = Duration::from_secs(2);
 
 /// How long and how often, settled by the command line.
 #[derive(Clone, Copy, Debug, Serialize)]
