@@ -13,6 +13,7 @@ use picomesh_common::{
     Counter, PodConfig, PortRange, StandingKey, Tuple,
     config::{MESH1_MAC, TUNNEL_PORT, owner},
 };
+use picomesh_tests::wait;
 
 use crate::{
     Test,
@@ -219,14 +220,15 @@ fn time_wait(setup: &Setup) -> Result<()> {
         let from = SocketAddr::new(family.client, 41_000);
         let inbound = &listeners.inbound[family.index as usize];
         for round in 0..3 {
-            let mut client = dial_from(&topology.client, from, app.local_addr()?)
-                .with_context(|| format!("round {round}"))?;
+            // The client's end of the round before is free once its FIN is answered.
+            let what = format!("round {round}");
+            let mut client = wait::for_value(&what, SOON, || {
+                dial_from(&topology.client, from, app.local_addr()?).map(Some)
+            })?;
             let (taken, _peer) = accept(inbound).with_context(|| format!("round {round}"))?;
             drop(taken);
             client.set_read_timeout(Some(SOON))?;
             ensure!(client.read(&mut [0; 1])? == 0);
-            drop(client);
-            std::thread::sleep(QUIET / 4);
         }
         ensure!(
             accept_within(&app, QUIET)?.is_none(),

@@ -16,6 +16,8 @@ while read -r module; do
     insmod "/modules/$module" || echo "insmod $module failed"
 done </modules/order
 ip link set lo up
+# The kernel gives a first process 1,024; a hundred pods take more.
+ulimit -n 65536
 if [ -n "$HIDE_BTF" ]; then
     mount -t tmpfs none /sys/kernel/btf
 fi
