@@ -67,7 +67,22 @@ impl Drop for Dirs {
     }
 }
 
-type Served = Arc<Mutex<HashMap<String, (Arc<dyn PodSockets>, Arc<AtomicBool>)>>>;
+type Served = Arc<Mutex<HashMap<String, (Arc<dyn PodSockets>, Arc<Stop>)>>>;
+
+/// What ends the threads of a pod.
+#[derive(Default)]
+struct Stop {
+    /// Other listeners have taken the place of these: accept what is queued, carry on with it.
+    replaced: AtomicBool,
+    /// The pod or the agent is gone. Of all listeners that the pod ever had.
+    gone: Arc<AtomicBool>,
+}
+
+impl Stop {
+    fn is_gone(&self) -> bool {
+        self.gone.load(Ordering::Relaxed)
+    }
+}
 
 /// An agent of the node `node`. Dropping it is `kill -9`: all its sockets close, nothing is undone.
 pub(crate) struct Agent {
@@ -124,7 +139,7 @@ impl Agent {
                     each(event, &served);
                 }
                 for (_handle, stop) in served.lock().values() {
-                    stop.store(true, Ordering::Relaxed);
+                    stop.gone.store(true, Ordering::Relaxed);
                 }
             });
             Ok((runtime, datapath))
@@ -188,7 +203,7 @@ impl Agent {
 impl Drop for Agent {
     fn drop(&mut self) {
         for (_handle, stop) in self.served.lock().values() {
-            stop.store(true, Ordering::Relaxed);
+            stop.gone.store(true, Ordering::Relaxed);
         }
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_timeout(Duration::from_secs(5));
@@ -223,10 +238,14 @@ pub(crate) fn until<T>(time: Duration, mut ask: impl FnMut() -> Result<T>) -> Re
 fn serve(event: PodEvent, served: &Served) {
     match event {
         PodEvent::Captured { pod, listeners } => {
-            let stop = Arc::new(AtomicBool::new(false));
-            let before = served
-                .lock()
-                .insert(pod.uid().to_string(), (Arc::clone(&pod), Arc::clone(&stop)));
+            let mut served = served.lock();
+            let before = served.remove(&**pod.uid()).map(|(_handle, stop)| stop);
+            let gone = before.as_ref().map(|stop| Arc::clone(&stop.gone));
+            let stop = Arc::new(Stop {
+                gone: gone.unwrap_or_default(),
+                ..Stop::default()
+            });
+            served.insert(pod.uid().to_string(), (Arc::clone(&pod), Arc::clone(&stop)));
             for thread in listeners {
                 for (listeners, inbound) in [(thread.outbound, false), (thread.inbound, true)] {
                     for listener in listeners {
@@ -235,25 +254,20 @@ fn serve(event: PodEvent, served: &Served) {
                     }
                 }
             }
-            if let Some((_handle, stop)) = before {
-                stop.store(true, Ordering::Relaxed);
+            if let Some(stop) = before {
+                stop.replaced.store(true, Ordering::Relaxed);
             }
         }
         PodEvent::Released { uid } => {
             if let Some((_handle, stop)) = served.lock().remove(&*uid) {
-                stop.store(true, Ordering::Relaxed);
+                stop.gone.store(true, Ordering::Relaxed);
             }
         }
     }
 }
 
-fn accept(
-    listener: &TcpListener,
-    inbound: bool,
-    pod: &Arc<dyn PodSockets>,
-    stop: &Arc<AtomicBool>,
-) {
-    while !stop.load(Ordering::Relaxed) {
+fn accept(listener: &TcpListener, inbound: bool, pod: &Arc<dyn PodSockets>, stop: &Arc<Stop>) {
+    while !stop.is_gone() {
         match listener.accept() {
             Ok((stream, client)) => {
                 let (pod, stop) = (Arc::clone(pod), Arc::clone(stop));
@@ -263,6 +277,7 @@ fn accept(
                     }
                 });
             }
+            Err(_) if stop.replaced.load(Ordering::Relaxed) => return,
             Err(_) => thread::sleep(Duration::from_millis(10)),
         }
     }
@@ -273,7 +288,7 @@ fn pass_on(
     client: SocketAddr,
     inbound: bool,
     pod: &dyn PodSockets,
-    stop: &Arc<AtomicBool>,
+    stop: &Arc<Stop>,
 ) -> Result<()> {
     stream.set_nonblocking(false)?;
     let to = stream.local_addr()?;
@@ -307,7 +322,7 @@ fn pass_on(
 }
 
 /// Moves bytes until the end, or until the agent is "killed".
-fn pump(mut from: &TcpStream, mut to: &TcpStream, stop: &AtomicBool) {
+fn pump(mut from: &TcpStream, mut to: &TcpStream, stop: &Stop) {
     use std::io::{ErrorKind, Read, Write};
     if from
         .set_read_timeout(Some(Duration::from_millis(10)))
@@ -325,7 +340,7 @@ fn pump(mut from: &TcpStream, mut to: &TcpStream, stop: &AtomicBool) {
                 }
             }
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
-                if stop.load(Ordering::Relaxed) {
+                if stop.is_gone() {
                     return;
                 }
             }

@@ -63,7 +63,7 @@ fn layouts() -> Result<()> {
         let mut agent = captured(&world, settings(LAYOUT))?;
         for layout in [LAYOUT + 6, LAYOUT] {
             let mut taken = world.dial(server.at)?;
-            ping(&mut taken)?;
+            ping(&mut taken).with_context(|| format!("before layout {layout}"))?;
             drop(agent);
             agent = without_a_plain_connection(&world, server.at, || {
                 let agent = captured(&world, settings(layout))?;
@@ -75,7 +75,8 @@ fn layouts() -> Result<()> {
             ping(&mut before).with_context(|| format!("what stood before, layout {layout}"))?;
             is_closed(&mut taken)?;
             let mut after = world.dial(server.at)?;
-            ensure!(ping(&mut after)?.port() != after.local_addr()?.port());
+            let seen = ping(&mut after).with_context(|| format!("by layout {layout}"))?;
+            ensure!(seen.port() != after.local_addr()?.port());
             let bpf_dir = world.dirs.settings().bpf_dir;
             until(SOON, || {
                 let layouts = names(&bpf_dir)?;
