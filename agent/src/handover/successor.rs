@@ -137,11 +137,11 @@ impl Predecessor {
     /// predecessor has committed, or it is dead.
     pub async fn ready(&self) -> Result<(), CallError> {
         let process = self.channel.peer.pid;
-        if self.channel.send(&Message::Ready, &[]).await.is_err() {
-            return self.is_dead().await;
-        }
+        // One that has hung up may have said why, so only listening tells.
+        let _heard = self.channel.send(&Message::Ready, &[]).await;
         may_die_after("ready");
         let deadline = tokio::time::Instant::now() + ANSWER;
+        let mut broken = false;
         loop {
             match tokio::time::timeout_at(deadline, self.channel.receive()).await {
                 Ok(Ok(Received { message, .. })) => match message {
@@ -160,6 +160,8 @@ impl Predecessor {
                     Message::Hello(_) | Message::Offer(_) | Message::Ready | Message::Taken => {}
                 },
                 Ok(Err(ChannelError::Malformed(Malformed::Unknown { .. }))) => {}
+                // The kernel tells once that our word was not read; what was said before comes next.
+                Ok(Err(ChannelError::Io(_))) if !broken => broken = true,
                 Ok(Err(_)) | Err(_) => return self.is_dead().await,
             }
         }

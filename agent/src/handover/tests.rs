@@ -273,6 +273,56 @@ async fn a_successor_that_falls_silent_is_given_up_after_each_message() {
 }
 
 #[tokio::test]
+async fn a_successor_that_was_given_up_before_it_is_ready_ends_and_harms_nobody() {
+    let mut stage = stage();
+    let late = stage.succeeds().await;
+    stage.reaches(Progress::Underway).await;
+    stage.reaches(Progress::Alone).await;
+    match late.ready().await {
+        Err(CallError::Refused { reason, .. }) => {
+            assert!(reason.contains("says nothing"), "{reason}");
+        }
+        other => panic!("the one before lives and was taken for dead: {other:?}"),
+    }
+    drop(late);
+    stage.is_as_before().await;
+}
+
+#[tokio::test]
+async fn a_refusal_is_heard_although_ready_was_said_at_the_same_moment() {
+    let dir = tempfile::tempdir().unwrap();
+    let listener = listen(dir.path());
+    let server = tokio::task::spawn_blocking(move || listener.accept().unwrap().0);
+    let called = tokio::spawn({
+        let dir = dir.path().to_owned();
+        async move { call(&dir, hello()).await }
+    });
+    let channel = Channel::over(server.await.unwrap().into()).unwrap();
+    channel.receive().await.unwrap();
+    let offer = Message::Offer(Offer {
+        protocol: PROTOCOL,
+        version: "0.1.0".into(),
+        drain_milliseconds: 1,
+        files: Vec::new(),
+    });
+    channel.send(&offer, &[]).await.unwrap();
+    let Ok(Found::Predecessor(predecessor)) = called.await.unwrap() else {
+        panic!("nobody is there");
+    };
+    let hangs_up = async {
+        // Meanwhile the other side has spoken, and is not read.
+        sleep(Duration::from_millis(50)).await;
+        raw(&channel, &Message::refused("too late").encode(), &[]).unwrap();
+        drop(channel);
+    };
+    let ((), said) = tokio::join!(hangs_up, predecessor.ready());
+    assert!(
+        matches!(&said, Err(CallError::Refused { reason, .. }) if reason == "too late"),
+        "{said:?}"
+    );
+}
+
+#[tokio::test]
 async fn of_two_successors_one_is_sent_away_and_may_come_again() {
     let mut stage = stage();
     let first = stage.succeeds().await;
