@@ -13,11 +13,14 @@ use super::{
     policy::expect_reset,
     world::*,
 };
-use crate::state::{
-    ObjectKey,
-    objects::{
-        DefaultPolicy, NetworkMatch, NetworkPeer, NetworkPolicy, NetworkPort, NetworkPorts,
-        NetworkRule, Protocol, Selector,
+use crate::{
+    proxy::ProxySettings,
+    state::{
+        ObjectKey,
+        objects::{
+            DefaultPolicy, NetworkMatch, NetworkPeer, NetworkPolicy, NetworkPort, NetworkPorts,
+            NetworkRule, Protocol, Selector,
+        },
     },
 };
 
@@ -324,5 +327,39 @@ fn pods_of_one_identity_are_told_apart() {
             let wanted = (status, reason.to_owned());
             assert_eq!(attack.run(&world).await, wanted, "{who}");
         }
+    });
+}
+
+/// A tunnel may speak for a pod that its node has heard of before we have. What we hear meanwhile
+/// counts, also about the pod that is called.
+#[test]
+fn a_policy_that_comes_with_the_news_of_a_client_holds_for_it() {
+    const NEW: &str = "10.9.1.3";
+    let patient = |settings: &mut ProxySettings| {
+        settings.timing.unknown_source = Duration::from_secs(5);
+    };
+    world_with(patient, |mut world| async move {
+        world.capture_all().await;
+        let _listener = world.serve(at(CALLEE, PORT));
+        let new = Attack {
+            client: Some("10.9.1.3:4567"),
+            ..HONEST
+        };
+        let mut pod = (*world.objects.pods[CALLER]).clone();
+        pod.uid = NEW.into();
+        pod.key.name = "new".into();
+        pod.ips = vec![NEW.parse().unwrap()];
+        world.objects.pods.insert(NEW.into(), Arc::new(pod));
+        set(&mut world, None, Some("friend"), None);
+        let news = async {
+            tokio::time::sleep(SOON).await;
+            world.publish().await;
+        };
+        let (answer, ()) = tokio::join!(new.run(&world), news);
+        assert_eq!(answer, (403, "network_policy_ingress".to_owned()));
+
+        label(&mut world, NEW, "friend");
+        world.publish().await;
+        assert_eq!(new.run(&world).await, (200, String::new()), "the control");
     });
 }

@@ -465,7 +465,7 @@ async fn establish(
         ));
     }
     let mut mesh = thread.mesh();
-    let callee = callee(thread, tunnel, &mesh, target)?;
+    let mut callee = called(thread, tunnel, &mesh, target)?;
     report.record.dst_workload = Some(Arc::clone(&callee));
     report.record.dst_identity = Some(callee.identity.clone());
 
@@ -484,6 +484,8 @@ async fn establish(
             })?;
             if !mesh.by_ip.contains_key(&claimed.ip()) {
                 mesh = Box::pin(news_of(thread, claimed.ip())).await;
+                // Policy may have come with the news, and the pod that is called may have gone.
+                callee = called(thread, tunnel, &mesh, target)?;
             }
             let caller = claimed_source(&mesh, tunnel, claimed.ip())?;
             (claimed, Some(caller))
@@ -571,7 +573,7 @@ async fn establish(
 }
 
 /// The pod that may be called by this tunnel at this address.
-fn callee(
+fn called(
     thread: &Thread,
     tunnel: &ServerTunnel,
     mesh: &Mesh,
