@@ -2,7 +2,8 @@
 //! many.
 //!
 //! Until a handshake is done nobody has proven anything, so each source (IPv6: each /64) and all
-//! together are bounded, and half of all places is kept for addresses of the cluster's nodes.
+//! together are bounded, and half of all places is kept for addresses of the cluster's nodes. A
+//! node is a source of its own: what else is on its link is in its /64, and is not the node.
 //! When a bound is reached the oldest of the largest source goes: an honest handshake takes
 //! milliseconds, so whoever has waited longest in the largest crowd is the least likely to be one.
 //! The newcomer's own source counts, so that a flood pushes out itself first. And because each one
@@ -36,23 +37,25 @@ pub(in crate::proxy) struct Admission {
 
 #[derive(Default)]
 struct Pending {
-    sources: HashMap<IpAddr, Source>,
+    /// Of each the handshakes, oldest first; dropping the sender ends one.
+    sources: HashMap<Source, Vec<(u64, oneshot::Sender<()>)>>,
     next: u64,
     strangers: usize,
     nodes: usize,
 }
 
-#[derive(Default)]
-struct Source {
-    node: bool,
-    /// Oldest first; dropping the sender ends the handshake.
-    handshakes: Vec<(u64, oneshot::Sender<()>)>,
+/// Who is counted together.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+enum Source {
+    Node(IpAddr),
+    /// An address, or the beginning of an IPv6 network.
+    Strangers(IpAddr),
 }
 
 /// A place among the pending; given back when dropped.
 pub(super) struct Place {
     admission: Arc<Admission>,
-    source: IpAddr,
+    source: Source,
     id: u64,
     evicted: oneshot::Receiver<()>,
 }
@@ -70,13 +73,17 @@ impl Admission {
         if !node && !self.strangers.take(now) {
             return None;
         }
-        let source = block(peer);
+        let source = if node {
+            Source::Node(peer.to_canonical())
+        } else {
+            Source::Strangers(block(peer))
+        };
         let (keep, evicted) = oneshot::channel();
         let mut pending = self.pending.lock();
         let id = pending.next;
         pending.next += 1;
-        pending.add(source, node, id, keep);
-        pending.make_room(source, node);
+        pending.add(source, id, keep);
+        pending.make_room(source);
         Some(Place {
             admission: Arc::clone(self),
             source,
@@ -100,72 +107,68 @@ impl Drop for Place {
 }
 
 impl Pending {
-    fn add(&mut self, address: IpAddr, node: bool, id: u64, keep: oneshot::Sender<()>) {
-        let source = self.sources.entry(address).or_default();
-        if source.handshakes.is_empty() {
-            source.node = node;
-        }
-        source.handshakes.push((id, keep));
-        *if source.node {
-            &mut self.nodes
-        } else {
-            &mut self.strangers
-        } += 1;
+    fn add(&mut self, source: Source, id: u64, keep: oneshot::Sender<()>) {
+        self.sources.entry(source).or_default().push((id, keep));
+        *self.count(source) += 1;
     }
 
-    fn remove(&mut self, address: IpAddr, id: u64) {
-        let Some(source) = self.sources.get_mut(&address) else {
+    fn remove(&mut self, source: Source, id: u64) {
+        let Some(handshakes) = self.sources.get_mut(&source) else {
             return;
         };
-        let before = source.handshakes.len();
-        source.handshakes.retain(|(other, _)| *other != id);
-        let removed = before - source.handshakes.len();
-        *if source.node {
-            &mut self.nodes
-        } else {
-            &mut self.strangers
-        } -= removed;
-        if source.handshakes.is_empty() {
-            self.sources.remove(&address);
+        let before = handshakes.len();
+        handshakes.retain(|(other, _)| *other != id);
+        let removed = before - handshakes.len();
+        if handshakes.is_empty() {
+            self.sources.remove(&source);
+        }
+        *self.count(source) -= removed;
+    }
+
+    fn count(&mut self, source: Source) -> &mut usize {
+        match source {
+            Source::Node(_) => &mut self.nodes,
+            Source::Strangers(_) => &mut self.strangers,
         }
     }
 
-    fn make_room(&mut self, newcomer: IpAddr, node: bool) {
+    fn make_room(&mut self, newcomer: Source) {
         if self
             .sources
             .get(&newcomer)
-            .is_some_and(|source| source.handshakes.len() > PER_SOURCE)
+            .is_some_and(|handshakes| handshakes.len() > PER_SOURCE)
         {
             return self.evict_oldest(newcomer);
         }
         let full = self.strangers + self.nodes > IN_ALL;
+        let node = matches!(newcomer, Source::Node(_));
         if self.strangers > IN_ALL - KEPT_FOR_NODES || (full && self.strangers > 0 && node) {
-            self.evict_from_largest(false);
+            self.evict_from_largest(|source| matches!(source, Source::Strangers(_)));
         } else if full {
-            self.evict_from_largest(true);
+            self.evict_from_largest(|source| matches!(source, Source::Node(_)));
         }
     }
 
-    fn evict_from_largest(&mut self, node: bool) {
+    fn evict_from_largest(&mut self, among: impl Fn(&Source) -> bool) {
         let largest = self
             .sources
             .iter()
-            .filter(|(_, source)| source.node == node)
-            .max_by_key(|(_, source)| source.handshakes.len())
-            .map(|(address, _)| *address);
+            .filter(|(source, _)| among(source))
+            .max_by_key(|(_, handshakes)| handshakes.len())
+            .map(|(source, _)| *source);
         if let Some(largest) = largest {
             self.evict_oldest(largest);
         }
     }
 
-    fn evict_oldest(&mut self, address: IpAddr) {
+    fn evict_oldest(&mut self, source: Source) {
         let oldest = self
             .sources
-            .get(&address)
-            .and_then(|source| source.handshakes.first())
+            .get(&source)
+            .and_then(|handshakes| handshakes.first())
             .map(|(id, _)| *id);
         if let Some(oldest) = oldest {
-            self.remove(address, oldest);
+            self.remove(source, oldest);
         }
     }
 }
@@ -221,6 +224,29 @@ mod tests {
             })
             .collect();
         assert!(gone(&mut places[0]));
+    }
+
+    #[test]
+    fn who_shares_a_nodes_ipv6_network_is_not_the_node() {
+        let of_link = |n: u16| IpAddr::from(Ipv6Addr::new(0xfd00, 0, 0, 1, 0, 0, 0, n));
+        let flood = |admission: &Arc<Admission>| -> Vec<Place> {
+            (100..100 + 3 * PER_SOURCE as u16)
+                .map(|n| enter(admission, of_link(n), false))
+                .collect()
+        };
+        for node_first in [true, false] {
+            let admission = Admission::new(Instant::now());
+            let before = (!node_first).then(|| flood(&admission));
+            let mut nodes = [1, 2].map(|n| enter(&admission, of_link(n), true));
+            let after = node_first.then(|| flood(&admission));
+            assert!(nodes.iter_mut().all(|node| !gone(node)));
+            {
+                let pending = admission.pending.lock();
+                assert_eq!((pending.nodes, pending.strangers), (2, PER_SOURCE));
+            }
+            drop((before, after, nodes));
+            assert!(admission.pending.lock().sources.is_empty());
+        }
     }
 
     #[test]
