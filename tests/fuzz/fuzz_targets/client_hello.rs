@@ -11,7 +11,10 @@ use std::{
 use libfuzzer_sys::fuzz_target;
 use picomesh::{
     identity::{
-        Identities, Settings, Wanted, ca::LocalCa, clock::SystemClock, parse_spiffe_id, server_name,
+        Identities, Settings, Wanted,
+        ca::{LIFE, LocalCa},
+        clock::SystemClock,
+        parse_spiffe_id, server_name,
     },
     state::Identity,
 };
@@ -37,6 +40,7 @@ static WORLD: LazyLock<World> = LazyLock::new(|| {
     let ca = LocalCa::open(
         &dir.path().join("ca"),
         domain.clone(),
+        LIFE,
         Arc::new(SystemClock),
     );
     let ca = ca.expect("an authority");

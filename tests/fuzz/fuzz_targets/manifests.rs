@@ -56,7 +56,9 @@ fuzz_target!(|text: &str| {
             );
         }
         assert!(workload.skip_inbound.len() <= 16 && workload.skip_outbound.len() <= 16);
-        assert_eq!(workload.policy.is_some(), workload.local);
+        let served = workload.local && !workload.host_network;
+        assert_eq!(workload.policy.is_some(), served);
+        assert_eq!(workload.network.is_some(), served);
         for destination in &destinations {
             let one = format!("{:?}", resolve::resolve(&mesh, workload, *destination));
             assert!(!one.is_empty());
