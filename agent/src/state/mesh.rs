@@ -18,7 +18,7 @@ use super::{
     Identity, ObjectKey, PodUid,
     endpoints::Known,
     frontends,
-    network_policy::{self, NetworkPolicies},
+    network_policy::{self, NamespaceLabels, NetworkPolicies},
     objects::{ContainerPort, Labels, MeshSettings, Objects, OutboundDefault, Owner, Pod, Words},
     policy::InboundPolicy,
     resolve::Frontend,
@@ -43,7 +43,7 @@ pub struct Workload {
     pub meshed: bool,
     pub labels: Labels,
     /// Of its namespace.
-    pub namespace_labels: Arc<Labels>,
+    pub namespace_labels: Arc<NamespaceLabels>,
     pub owner: Option<Owner>,
     pub ports: Vec<ContainerPort>,
     pub skip_inbound: Vec<PortRange>,

@@ -23,7 +23,7 @@ use super::{
     Workload,
     objects::{
         ContainerPort, Labels, NetworkPeer, NetworkPolicy, NetworkPort, NetworkPorts, NetworkRule,
-        Objects, Pod, Protocol,
+        Objects, Pod, Protocol, Selector,
     },
 };
 
@@ -165,7 +165,7 @@ impl NetworkPeer {
             (Self::Pods { namespaces, pods }, Some(pod)) => {
                 let there = match namespaces {
                     None => pod.key.namespace == policy.key.namespace,
-                    Some(selector) => selector.matches(&pod.namespace_labels),
+                    Some(selector) => pod.namespace_labels.satisfy(selector),
                 };
                 there && pods.matches(&pod.labels)
             }
@@ -191,7 +191,7 @@ impl NetworkPort {
 /// Everything that the policies of one pod are picked from. For `Mesh::build`.
 pub(super) struct Candidates<'a> {
     by_namespace: HashMap<&'a str, Vec<&'a Arc<NetworkPolicy>>>,
-    namespace_labels: HashMap<&'a str, Arc<Labels>>,
+    namespace_labels: HashMap<&'a str, Arc<NamespaceLabels>>,
     node: Arc<[IpAddr]>,
 }
 
@@ -210,7 +210,8 @@ impl<'a> Candidates<'a> {
             .values()
             .map(|namespace| {
                 let name = &namespace.key.name;
-                (&**name, with_name(name, namespace.labels.clone()))
+                let labels = NamespaceLabels::of(name, Some(&namespace.labels));
+                (&**name, Arc::new(labels))
             })
             .collect();
         Self {
@@ -243,19 +244,40 @@ impl<'a> Candidates<'a> {
         found
     }
 
-    /// Labels of a namespace; one that nobody wrote down has its name's.
-    pub(super) fn namespace_labels(&mut self, namespace: &'a Arc<str>) -> Arc<Labels> {
+    /// Of a namespace that nobody wrote down the name alone is known.
+    pub(super) fn namespace_labels(&mut self, namespace: &'a Arc<str>) -> Arc<NamespaceLabels> {
         let labels = self
             .namespace_labels
             .entry(namespace)
-            .or_insert_with(|| with_name(namespace, Labels::new()));
+            .or_insert_with(|| Arc::new(NamespaceLabels::of(namespace, None)));
         Arc::clone(labels)
     }
 }
 
-fn with_name(namespace: &Arc<str>, mut labels: Labels) -> Arc<Labels> {
-    labels.insert(NAMESPACE_NAME.into(), Arc::clone(namespace));
-    Arc::new(labels)
+/// What is known of a namespace's labels.
+#[derive(Debug, Default)]
+pub struct NamespaceLabels {
+    labels: Labels,
+    /// There are no others.
+    complete: bool,
+}
+
+impl NamespaceLabels {
+    fn of(name: &Arc<str>, written: Option<&Labels>) -> Self {
+        let mut labels = written.cloned().unwrap_or_default();
+        labels.insert(NAMESPACE_NAME.into(), Arc::clone(name));
+        Self {
+            labels,
+            complete: written.is_some(),
+        }
+    }
+
+    /// They are known to: a label that may be there and is not known counts neither as there nor
+    /// as absent.
+    fn satisfy(&self, selector: &Selector) -> bool {
+        let known = |key: &Arc<str>| self.complete || self.labels.contains_key(key);
+        selector.matches(&self.labels) && selector.keys().all(known)
+    }
 }
 
 #[cfg(test)]

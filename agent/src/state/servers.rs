@@ -136,8 +136,6 @@ impl<'a> Servers<'a> {
                         taken.insert(port, &server.key);
                         servers.insert(port, Arc::clone(policy));
                     }
-                    // One Server may name a port that two containers give the same number.
-                    Some(first) if **first == server.key => {}
                     Some(first) => {
                         if self.overlaps.insert((first, &server.key, port)) {
                             problems.push(overlap(server, first, port, pod));
@@ -155,9 +153,10 @@ impl<'a> Servers<'a> {
     }
 }
 
-fn ports_of(server: &Server, pod: &Pod) -> Vec<u16> {
+/// Each once: two containers may give a port of one name the same number.
+fn ports_of(server: &Server, pod: &Pod) -> BTreeSet<u16> {
     match &server.port {
-        TargetPort::Number(port) => vec![*port],
+        TargetPort::Number(port) => BTreeSet::from([*port]),
         TargetPort::Name(name) => pod
             .ports
             .iter()

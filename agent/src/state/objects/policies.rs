@@ -58,6 +58,14 @@ impl Selector {
                 .iter()
                 .all(|requirement| requirement.matches(labels))
     }
+
+    /// The labels it speaks of.
+    pub fn keys(&self) -> impl Iterator<Item = &Arc<str>> {
+        let expressions = self.match_expressions.iter();
+        self.match_labels
+            .keys()
+            .chain(expressions.map(|requirement| &requirement.key))
+    }
 }
 
 impl Requirement {
