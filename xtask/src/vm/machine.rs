@@ -49,6 +49,15 @@ impl Accel {
             Self::Tcg => "tcg",
         }
     }
+
+    /// As capable as may be. qemu 7.2 leaves rubbish in EFLAGS when it emulates `cmpxchg16b`:
+    /// Linux 6.12, whose allocator uses it, dies of a double fault right behind one.
+    const fn processor(self) -> &'static str {
+        match self {
+            Self::Kvm => "max",
+            Self::Tcg => "max,-cx16",
+        }
+    }
 }
 
 /// A machine to boot.
@@ -86,7 +95,8 @@ impl Machine {
         let mut command = Command::new(program);
         command
             .args(dies_with_us)
-            .args(["-accel", plan.accel.name(), "-cpu", "max", "-smp", "2"])
+            .args(["-accel", plan.accel.name(), "-cpu", plan.accel.processor()])
+            .args(["-smp", "2"])
             .args([
                 "-m",
                 "2048",
