@@ -33,8 +33,8 @@ pub(crate) struct Args {
     /// Name the tests instead of running them
     #[arg(long)]
     list: bool,
-    /// Also run the tests that take much of the machine, take out one rule of the kernel half at a
-    /// time and demand red, and run `mutants`, `vm`, `fuzz` and a short `soak`
+    /// Also run the tests that take much of the machine, and the tiers that take long: rules,
+    /// mutants, vm, fuzz and a short soak
     #[arg(long)]
     full: bool,
 }
@@ -52,10 +52,22 @@ enum Tier {
     Bpf,
     /// Whole agents in a world of namespaces
     Mesh,
+    /// One rule of the kernel half after the other taken out; each must turn `bpf` red
+    Rules,
+    /// Changes to the files that decide; each must turn their tests red
+    Mutants,
+    /// Other kernels
+    Vm,
+    /// Bytes and packets that nobody foresaw
+    Fuzz,
+    /// Minutes of mixed traffic and trouble
+    Soak,
 }
 
 impl Tier {
     const ALL: [Self; 4] = [Self::Lint, Self::Unit, Self::Bpf, Self::Mesh];
+    /// With `--full`, or when they are named.
+    const LONG: [Self; 5] = [Self::Rules, Self::Mutants, Self::Vm, Self::Fuzz, Self::Soak];
 
     const fn name(self) -> &'static str {
         match self {
@@ -63,17 +75,24 @@ impl Tier {
             Self::Unit => "unit",
             Self::Bpf => "bpf",
             Self::Mesh => "mesh",
+            Self::Rules => "rules",
+            Self::Mutants => "mutants",
+            Self::Vm => "vm",
+            Self::Fuzz => "fuzz",
+            Self::Soak => "soak",
         }
     }
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     reaper::install()?;
-    let tiers = if args.tiers.is_empty() {
-        Tier::ALL.to_vec()
-    } else {
-        args.tiers.clone()
-    };
+    let mut tiers = args.tiers.clone();
+    if tiers.is_empty() {
+        tiers.extend(Tier::ALL);
+        if args.full {
+            tiers.extend(Tier::LONG);
+        }
+    }
     let mut total = Count::default();
     for tier in tiers {
         if args.list {
@@ -85,18 +104,6 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     }
     if args.list {
         return Ok(ExitCode::SUCCESS);
-    }
-    if args.full {
-        println!("== rules ==");
-        total.add(rules::run());
-        println!("== mutants ==");
-        total.add(mutants::count());
-        println!("== vm ==");
-        total.add(vm::count());
-        println!("== fuzz ==");
-        total.add(fuzz::count());
-        println!("== soak ==");
-        total.add(soak::count(SOAK_MINUTES));
     }
     for name in &total.failures {
         println!("failed: {name}");
@@ -121,6 +128,11 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
 
 fn run_tier(tier: Tier, filter: Option<&str>, full: bool) -> Count {
     let prepared = match tier {
+        Tier::Rules => return rules::run(),
+        Tier::Mutants => return mutants::count(),
+        Tier::Vm => return vm::count(),
+        Tier::Fuzz => return fuzz::count(),
+        Tier::Soak => return soak::count(SOAK_MINUTES),
         Tier::Lint => needs::ensure(&[Purpose::Build, Purpose::Deny]),
         // As root they use namespaces, too.
         Tier::Unit if geteuid().is_root() => needs::ensure(&[Purpose::Build, Purpose::World]),
@@ -264,6 +276,8 @@ fn commands(tier: Tier, filter: Option<&str>, full: bool) -> Vec<(&'static str, 
             mesh.env(picomesh_tests::agent::TESTING_BINARY, testing);
             vec![("agents", mesh)]
         }
+        // These have verbs of their own.
+        Tier::Rules | Tier::Mutants | Tier::Vm | Tier::Fuzz | Tier::Soak => Vec::new(),
     }
 }
 
@@ -287,6 +301,9 @@ fn list(tier: Tier, full: bool) -> Result<()> {
             for (name, _) in commands(tier, None, full) {
                 println!("{}: {name}", tier.name());
             }
+        }
+        Tier::Rules | Tier::Mutants | Tier::Vm | Tier::Fuzz | Tier::Soak => {
+            println!("{}", tier.name());
         }
         Tier::Unit | Tier::Bpf | Tier::Mesh => {
             for (_, mut command) in commands(tier, None, full) {
