@@ -13,6 +13,7 @@ use picomesh_tests::{
     AgentOptions, Netns, Pod, agent, client,
     hooks::Hooks,
     load::Load,
+    requirements,
     server::{Habit, Server},
 };
 
@@ -272,9 +273,17 @@ fn trace(pod: &Pod) -> Result<Trace> {
     let netns: &Netns = pod.netns();
     let ip =
         |args: &[&str]| -> Result<String> { Ok(pod.output("ip", args, PATIENCE)?.ok()?.stdout) };
+    let families: &[&str] = if requirements::ipv6() {
+        &["-4", "-6"]
+    } else {
+        &["-4"]
+    };
     Ok(Trace {
         devices: ip(&["-brief", "link"])?,
-        rules: vec![ip(&["rule"])?, ip(&["-6", "rule"])?],
+        rules: families
+            .iter()
+            .map(|family| ip(&[family, "rule"]))
+            .collect::<Result<_>>()?,
         routes: ip(&["route", "show", "table", "all"])?,
         hooks: Hooks::of(netns)?,
     })
