@@ -66,10 +66,9 @@ const EVENTS: usize = 64;
 /// How often memory that is free is looked for.
 const TURN: Duration = Duration::from_secs(1);
 const TURN_AT_START: Duration = Duration::from_millis(100);
-/// Less processor time than this in a turn is none to speak of.
+/// Less processor time than this in a turn is none to speak of, and what more has left behind is
+/// worth giving back. An idle agent takes tens of seconds for so much.
 const CALM: Duration = Duration::from_millis(20);
-/// So much processor time leaves something worth giving back; some minutes of an idle agent do.
-const WORK: Duration = Duration::from_millis(200);
 /// For what has nothing to do with connections, once those have ended.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 /// A successor that repairs already waits for so long until all is as it should be before it lets
@@ -617,7 +616,7 @@ async fn give_memory_back(readiness: Readiness, mut changes: watch::Receiver<u64
         }
         let spent = allocator::processor_time();
         let calm = spent.saturating_sub(last) < CALM;
-        let worked = settled.is_none_or(|then| spent.saturating_sub(then) > WORK);
+        let worked = settled.is_none_or(|then| spent.saturating_sub(then) > CALM);
         if ready && calm && worked {
             allocator::settle();
             settled = Some(spent);

@@ -26,7 +26,7 @@ pub(crate) struct Test {
 pub(crate) enum Need {
     /// Root, network namespaces, Linux 6.1, cgroup v2, a built agent.
     Mesh,
-    /// Much of the machine, for long: only with `cargo xtask test --full`.
+    /// Much of the machine, for long: only with `cargo xtask test --full`, and alone.
     Full,
     /// A program on the PATH.
     Program(&'static str),
@@ -63,7 +63,10 @@ pub(crate) fn run(tests: Vec<Test>) -> ExitCode {
 
 fn beside_others_or_alone(test: Test) -> Result<()> {
     // What another test left half done when it panicked is not in this lock.
-    if test.needs.contains(&Need::Alone) {
+    if [Need::Alone, Need::Full]
+        .iter()
+        .any(|need| test.needs.contains(need))
+    {
         let _alone = MACHINE.write().unwrap_or_else(PoisonError::into_inner);
         (test.run)()
     } else {

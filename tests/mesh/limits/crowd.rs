@@ -45,6 +45,8 @@ fn crowd_beside_another(connections: usize, window: Duration) -> Result<()> {
     let options = AgentOptions::default()
         .arg("--pod-connections", &cap)
         .arg("--pod-inbound-connections", &cap)
+        // They are dialled as fast as one after the other can be.
+        .arg("--pod-connection-rate", &cap)
         .arg("--node-connections", &cap);
     ground.mesh_with(&options)?;
     let to = ground.far.at(PORT);
