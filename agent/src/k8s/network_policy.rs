@@ -1,7 +1,11 @@
 //! NetworkPolicy of `networking.k8s.io/v1` to plain types, with the defaults that the API server
 //! fills in and the refusals that it makes.
 //!
-//! Like every kind of Kubernetes' own, unknown fields are passed over.
+//! An unknown field matters here more than elsewhere: a misspelt `from` is a rule for everybody, a
+//! misspelt `podSelector` selects all pods. Conversion begins behind the parser and never sees one,
+//! so whoever parses decides. Manifests are what a person wrote, and nobody else checks them: there
+//! it is an error, and [`unknown_field`] says which. What an API server gives out has passed its
+//! check, and may have fields of a newer Kubernetes: there it is passed over.
 
 use ipnet::IpNet;
 use k8s_openapi::{
@@ -42,6 +46,37 @@ pub fn known(api_version: &str) -> Result<(), FieldError> {
 pub fn is_kubernetes_own(api_version: &str) -> bool {
     let group = api_version.split_once('/').map(|(group, _)| group);
     matches!(group, Some(NETWORK_POLICY_GROUP | "extensions"))
+}
+
+/// Looks at a field that no NetworkPolicy has: its name, and where it stands (like
+/// `spec.ingress[0]`; empty for the object itself).
+pub fn unknown_field(within: &str, name: &str) -> Result<(), FieldError> {
+    // Older clusters gave it one; it decides nothing.
+    if (within, name) == ("", "status") {
+        return Ok(());
+    }
+    let parent = within.rsplit('.').next().unwrap_or_default();
+    let parent = parent.split('[').next().unwrap_or_default();
+    let fields = match parent {
+        "" => "apiVersion, kind, metadata, spec",
+        "spec" => "podSelector, policyTypes, ingress, egress",
+        "ingress" => "from, ports",
+        "egress" => "to, ports",
+        "from" | "to" => "podSelector, namespaceSelector, ipBlock",
+        "ports" => "protocol, port, endPort",
+        "ipBlock" => "cidr, except",
+        "podSelector" | "namespaceSelector" => "matchLabels, matchExpressions",
+        "matchExpressions" => "key, operator, values",
+        // Metadata has many.
+        _ => "those that Kubernetes defines",
+    };
+    let separator = if within.is_empty() { "" } else { "." };
+    Err(FieldError::new(
+        format!("{within}{separator}{name}"),
+        name,
+        "is no field here",
+        format!("correct its spelling or leave it out; the fields are {fields}"),
+    ))
 }
 
 impl Converter {

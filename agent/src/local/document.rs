@@ -276,7 +276,11 @@ fn read_object(
         }
         (version, "NetworkPolicy") if network_policy::is_kubernetes_own(version) => {
             network_policy::known(version).map_err(misfit)?;
-            let policy: networking::NetworkPolicy = part.kubernetes(head)?;
+            let (policy, unknown) = part.kubernetes_and_unknown(head)?;
+            let policy: networking::NetworkPolicy = policy;
+            for (within, name) in &unknown {
+                network_policy::unknown_field(within, name).map_err(misfit)?;
+            }
             loaded(Object::NetworkPolicy(
                 converter.network_policy(policy).map_err(misfit)?,
             ))
@@ -404,6 +408,14 @@ impl Part<'_> {
 
     /// As one of Kubernetes' kinds.
     fn kubernetes<T: DeserializeOwned>(&self, head: &Head) -> Result<T, Wrong> {
+        self.kubernetes_and_unknown(head).map(|(object, _)| object)
+    }
+
+    /// The same, and the fields that it does not have: where each stands, and its name.
+    fn kubernetes_and_unknown<T: DeserializeOwned>(
+        &self,
+        head: &Head,
+    ) -> Result<(T, Vec<UnknownField>), Wrong> {
         parse_kubernetes(self.text).map_err(|fault| {
             let line = fault
                 .path
@@ -475,11 +487,16 @@ fn parse<T: DeserializeOwned>(text: &str) -> Result<T, serde_saphyr::Error> {
 /// [`parse`] for Kubernetes' own types, through an erased deserializer: otherwise the compiler makes
 /// a parser for every type that a Pod can contain, megabytes of code that every node would hold in
 /// memory. The erasure loses the parser's line; the path to the value finds it again.
-fn parse_kubernetes<T: DeserializeOwned>(text: &str) -> Result<T, Box<FieldFault>> {
+fn parse_kubernetes<T: DeserializeOwned>(
+    text: &str,
+) -> Result<(T, Vec<UnknownField>), Box<FieldFault>> {
     let options = serde_saphyr::options! { with_snippet: false };
     let mut fault = None;
+    let mut unknown = Vec::new();
     let parsed =
         serde_saphyr::with_deserializer_from_str_with_options(text, options, |deserializer| {
+            let mut note = |path: serde_ignored::Path<'_>| unknown.extend(unknown_field(&path));
+            let deserializer = serde_ignored::Deserializer::new(deserializer, &mut note);
             let mut erased = <dyn erased_serde::Deserializer<'_>>::erase(deserializer);
             let erased: &mut dyn erased_serde::Deserializer<'_> = &mut erased;
             serde_path_to_error::deserialize(erased).map_err(|error| {
@@ -489,7 +506,42 @@ fn parse_kubernetes<T: DeserializeOwned>(text: &str) -> Result<T, Box<FieldFault
                 serde_saphyr::Error::custom(message)
             })
         });
-    parsed.map_err(|error| Box::new(FieldFault { path: fault, error }))
+    match parsed {
+        Ok(object) => Ok((object, unknown)),
+        Err(error) => Err(Box::new(FieldFault { path: fault, error })),
+    }
+}
+
+/// Where a field stands that its object does not have, and its name.
+type UnknownField = (String, String);
+
+fn unknown_field(path: &serde_ignored::Path<'_>) -> Option<UnknownField> {
+    use serde_ignored::Path;
+    match path {
+        Path::Map { parent, key } => Some((spelled(parent), key.clone())),
+        // Nothing but a field is passed over.
+        Path::Root
+        | Path::Seq { .. }
+        | Path::Some { .. }
+        | Path::NewtypeStruct { .. }
+        | Path::NewtypeVariant { .. } => None,
+    }
+}
+
+/// A path as in every other error: `spec.ingress[0].from`.
+fn spelled(path: &serde_ignored::Path<'_>) -> String {
+    use serde_ignored::Path;
+    match path {
+        Path::Root => String::new(),
+        Path::Seq { parent, index } => format!("{}[{index}]", spelled(parent)),
+        Path::Map { parent, key } => match spelled(parent) {
+            within if within.is_empty() => key.clone(),
+            within => format!("{within}.{key}"),
+        },
+        Path::Some { parent }
+        | Path::NewtypeStruct { parent }
+        | Path::NewtypeVariant { parent } => spelled(parent),
+    }
 }
 
 /// What does not fit, and the path to it if the parser got that far.
