@@ -9,6 +9,7 @@
 //! a byte.
 #![forbid(unsafe_code)]
 
+mod bpf_dir;
 pub mod desired;
 mod estate;
 mod keeping;
@@ -54,11 +55,12 @@ use crate::{
     telemetry::{self, LogFormat, LogLevel},
 };
 
-use estate::{Estate, HeldRunDir};
+use estate::{Estate, HeldDirs};
 use keeping::{Keeper, Known};
 use local::Netns;
-use place::{Heritage, Place};
+use place::{Dirs, Heritage, Place};
 
+pub use bpf_dir::{BpfDir, BpfDirError};
 pub use run_dir::{RunDir, RunDirError};
 
 /// Events of the datapath that wait for the data threads.
@@ -155,7 +157,7 @@ pub struct Agent {
     /// How far a successor has come.
     progress: watch::Receiver<Progress>,
     /// Held for as long as it is ours.
-    _run_dir: HeldRunDir,
+    _dirs: HeldDirs,
 }
 
 /// Where the agent listens; a configuration may ask for port 0.
@@ -188,7 +190,7 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
     );
 
     // The lock first: whoever has it may touch sockets and pins of this directory.
-    let Place { run_dir, heritage } = Box::pin(Place::take(&config)).await?;
+    let Place { dirs, heritage } = Box::pin(Place::take(&config)).await?;
     let (predecessor, heir) = match heritage {
         Some(Heritage {
             predecessor,
@@ -335,7 +337,7 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
         // What it has in hand must not be missed by anybody: certificates, for who speaks next.
         certified.await?;
         predecessor.ready().await?;
-        run_dir.sign().context("--run-dir")?;
+        dirs.run.sign().context("--run-dir")?;
     }
 
     // The kernel: adopts what is pinned, then captures what is missing. From here on nobody else
@@ -366,8 +368,8 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
     };
     let shown = Arc::new(shown);
     views::register(&shown, &metrics);
-    let socket = admin::socket::Server::beside(run_dir.path())?;
-    let callers = handover::predecessor::Server::beside(run_dir.path())?;
+    let socket = admin::socket::Server::beside(dirs.run.path())?;
+    let callers = handover::predecessor::Server::beside(dirs.run.path())?;
     let answers = views::views(&shown, log_level);
     if let Some(listeners) = inherited_tunnels {
         let accepts = proxy.accept_tunnels(listeners).await;
@@ -418,9 +420,9 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
     )));
 
     // And one day we leave all this to another.
-    let run_dir: HeldRunDir = Arc::new(Mutex::new(Some(run_dir)));
+    let dirs: HeldDirs = Arc::new(Mutex::new(Some(dirs)));
     let estate = Estate {
-        run_dir: run_dir.clone(),
+        dirs: dirs.clone(),
         metrics: Mutex::new(Some((metrics_address, metrics_socket))),
         proxy: proxy.clone(),
         datapath,
@@ -458,7 +460,7 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
         tasks,
         desired,
         progress,
-        _run_dir: run_dir,
+        _dirs: dirs,
     })
 }
 

@@ -14,18 +14,21 @@ use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
 use tokio::task::AbortHandle;
 
-use super::RunDir;
+use super::Dirs;
 use crate::{
     datapath::{Datapath, Paused},
-    handover::{message::What, predecessor},
+    handover::{
+        message::{KNOWS_BPF_LOCK, What},
+        predecessor,
+    },
     proxy::Proxy,
 };
 
-/// The run directory, until it is the successor's.
-pub(super) type HeldRunDir = Arc<Mutex<Option<RunDir>>>;
+/// The directories, until they are the successor's.
+pub(super) type HeldDirs = Arc<Mutex<Option<Dirs>>>;
 
 pub(super) struct Estate {
-    pub(super) run_dir: HeldRunDir,
+    pub(super) dirs: HeldDirs,
     /// A copy of the socket of metrics and readiness, until the successor has it.
     pub(super) metrics: Mutex<Option<(SocketAddr, OwnedFd)>>,
     pub(super) proxy: Arc<Proxy>,
@@ -39,10 +42,13 @@ pub(super) struct Estate {
 }
 
 impl predecessor::Estate for Estate {
-    fn files(&self) -> io::Result<Vec<(What, OwnedFd)>> {
+    fn files(&self, protocol: u16) -> io::Result<Vec<(What, OwnedFd)>> {
         let mut files = Vec::new();
-        if let Some(run_dir) = &*self.run_dir.lock() {
-            files.push((What::Lock, run_dir.lock()?));
+        if let Some(dirs) = &*self.dirs.lock() {
+            files.push((What::Lock, dirs.run.lock()?));
+            if protocol >= KNOWS_BPF_LOCK {
+                files.push((What::BpfLock, dirs.bpf.lock()?));
+            }
         }
         if let Some((address, socket)) = &*self.metrics.lock() {
             let address = *address;
@@ -81,7 +87,7 @@ impl predecessor::Estate for Estate {
             self.metrics.lock().take();
             self.proxy.retire().await;
             self.datapath.let_go();
-            self.run_dir.lock().take();
+            self.dirs.lock().take();
         })
     }
 }

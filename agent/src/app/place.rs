@@ -1,5 +1,5 @@
-//! An agent's place: the run directory with its lock, taken because it is free, or from the agent
-//! that holds it, which then is the predecessor and leaves what it has.
+//! An agent's place: its two directories with their locks, taken because they are free, or from the
+//! agent that holds the run directory, which then is the predecessor and leaves what it has.
 
 use std::{
     net::{SocketAddr, TcpListener},
@@ -11,7 +11,7 @@ use picomesh_common::config::LAYOUT;
 use tokio::time::{Instant, sleep};
 use tracing::{info, warn};
 
-use super::{RunDir, RunDirError};
+use super::{BpfDir, RunDir, RunDirError};
 use crate::{
     config::{Config, wildcard_of_both_families},
     handover::{
@@ -24,8 +24,14 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(20);
 const AGAIN: Duration = Duration::from_millis(100);
 
+/// Both, or none: who has one of them only would work on another's pins, or be called in its place.
+pub(super) struct Dirs {
+    pub(super) run: RunDir,
+    pub(super) bpf: BpfDir,
+}
+
 pub(super) struct Place {
-    pub(super) run_dir: RunDir,
+    pub(super) dirs: Dirs,
     /// What the agent before leaves, if it lives.
     pub(super) heritage: Option<Heritage>,
 }
@@ -44,9 +50,10 @@ impl Place {
         let mut waiting = false;
         loop {
             let taken = match RunDir::open(&config.run_dir) {
-                Ok(run_dir) => {
+                Ok(run) => {
+                    let bpf = BpfDir::open(&config.bpf_dir, &config.run_dir)?;
                     return Ok(Self {
-                        run_dir,
+                        dirs: Dirs { run, bpf },
                         heritage: None,
                     });
                 }
@@ -68,10 +75,11 @@ impl Place {
     }
 
     fn inherit(config: &Config, mut predecessor: Box<Predecessor>) -> anyhow::Result<Self> {
-        let (mut run_dir, mut metrics, mut tunnels) = (None, None, Vec::new());
+        let (mut run, mut bpf, mut metrics, mut tunnels) = (None, None, None, Vec::new());
         for (what, file) in std::mem::take(&mut predecessor.files) {
             match what {
-                What::Lock => run_dir = Some(RunDir::inherit(&config.run_dir, file)?),
+                What::Lock => run = Some(RunDir::inherit(&config.run_dir, file)?),
+                What::BpfLock => bpf = Some(BpfDir::inherit(&config.bpf_dir, file)?),
                 What::Metrics { address } if serves(config.metrics_address, address) => {
                     metrics = Some(TcpListener::from(file));
                 }
@@ -85,8 +93,14 @@ impl Place {
                 }
             }
         }
+        let bpf = match bpf {
+            Some(bpf) => bpf,
+            // An older agent has not locked it.
+            None => BpfDir::open(&config.bpf_dir, &config.run_dir)?,
+        };
+        let run = run.context("the agent before kept the lock; end it first")?;
         Ok(Self {
-            run_dir: run_dir.context("the agent before kept the lock; end it first")?,
+            dirs: Dirs { run, bpf },
             heritage: Some(Heritage {
                 predecessor,
                 metrics,

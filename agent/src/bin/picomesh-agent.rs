@@ -69,6 +69,9 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             let exists = settings.run_dir.exists();
             let held = exists.then(|| app::RunDir::open(&settings.run_dir));
             let held = held.transpose()?;
+            let pinned = settings.bpf_dir.exists();
+            let pins = pinned.then(|| app::BpfDir::open(&settings.bpf_dir, &settings.run_dir));
+            let _pins = pins.transpose()?;
             small_runtime()?.block_on(Datapath::cleanup(settings))?;
             if let Some(held) = held {
                 held.remove()?;

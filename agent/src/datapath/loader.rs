@@ -54,7 +54,8 @@ pub use attach::{HookFault, PodHooks, PodPrograms};
 use former::Former;
 use maps::SharedMaps;
 pub use maps::SocketMarker;
-use pins::{entries, make_dir, remove, remove_tree, take_off};
+pub(super) use pins::make_dir;
+use pins::{entries, remove, remove_tree, take_off};
 
 /// The object that `cargo xtask ebpf` made, if it was there when this was built.
 static OBJECT: Option<&[u8]> = include!(concat!(env!("OUT_DIR"), "/object.rs"));

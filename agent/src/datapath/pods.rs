@@ -19,7 +19,11 @@ mod reconcile;
 mod records;
 mod table;
 
-use std::{collections::HashMap, path::PathBuf, sync::Arc};
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use anyhow::Context;
 use parking_lot::Mutex;
@@ -35,7 +39,7 @@ use self::{
 };
 use super::{
     Desired, PodEvent,
-    loader::{Generation, Loader, LoaderSettings},
+    loader::{self, Generation, Loader, LoaderSettings},
     netns::Home,
     sockets::{PodHandle, SocketOwner},
 };
@@ -272,6 +276,12 @@ fn announce(core: &Core, mut pod: Adopted) -> Adopted {
         });
     }
     pod
+}
+
+/// Makes the bpf directory, for its owner alone, if it is not there.
+pub fn make_bpf_dir(bpf_dir: &Path) -> anyhow::Result<()> {
+    records::check_bpffs(bpf_dir)?;
+    Ok(loader::make_dir(bpf_dir)?)
 }
 
 fn loader_settings(

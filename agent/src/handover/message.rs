@@ -6,8 +6,11 @@ use std::net::SocketAddr;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-/// Grows when a message changes its meaning; new fields and new messages do not need that.
-pub const PROTOCOL: u16 = 1;
+/// Grows when a message changes its meaning or a kind of file is added; new fields and new messages
+/// do not need that.
+pub const PROTOCOL: u16 = 2;
+/// From this one on [`What::BpfLock`] is understood.
+pub const KNOWS_BPF_LOCK: u16 = 2;
 /// The oldest that is still spoken.
 pub const OLDEST_PROTOCOL: u16 = 1;
 /// An offer of 64 data threads in two families has about 7 KiB.
@@ -63,6 +66,8 @@ pub struct Offer {
 pub enum What {
     /// The locked file of the run directory.
     Lock,
+    /// The locked bpf directory.
+    BpfLock,
     /// The listening socket of metrics and readiness.
     Metrics { address: SocketAddr },
     /// A listening socket of the tunnel port; there is one per data thread.
@@ -188,7 +193,7 @@ mod tests {
         let address = "[2001:db8:1111:2222:3333:4444:5555:6666]:15008"
             .parse()
             .unwrap();
-        let mut files = vec![What::Lock, What::Metrics { address }];
+        let mut files = vec![What::Lock, What::BpfLock, What::Metrics { address }];
         files.extend((0..tunnels).map(|_| What::Tunnels { address }));
         Message::Offer(Offer {
             protocol: PROTOCOL,

@@ -41,8 +41,8 @@ const MOST_UNKNOWN: usize = 16;
 
 /// What is left to the next agent, and how.
 pub trait Estate: Send + Sync + 'static {
-    /// Copies of all open files that are handed over.
-    fn files(&self) -> io::Result<Vec<(What, OwnedFd)>>;
+    /// Copies of all open files that are handed over to one that speaks `protocol`.
+    fn files(&self, protocol: u16) -> io::Result<Vec<(What, OwnedFd)>>;
     /// From when this returns, nothing is repaired or written down any more.
     fn pause(&self) -> BoxFuture<'_, ()>;
     /// The successor is dead: everything as before.
@@ -256,7 +256,7 @@ impl House {
             ));
         };
         self.progress.send_replace(Progress::Underway);
-        let taken = self.hand_over(channel, ready, taken).await;
+        let taken = self.hand_over(channel, hello.protocol, ready, taken).await;
         self.progress.send_replace(match &taken {
             Ok(()) => Progress::Taken,
             Err(_) => Progress::Alone,
@@ -267,6 +267,7 @@ impl House {
     async fn hand_over(
         &self,
         channel: &Channel,
+        protocol: u16,
         ready: Duration,
         taken: Duration,
     ) -> Result<(), NoSuccessor> {
@@ -274,7 +275,7 @@ impl House {
         info!(process, "a successor is here");
         let (kinds, files): (Vec<What>, Vec<OwnedFd>) = self
             .estate
-            .files()
+            .files(protocol)
             .map_err(NoSuccessor::NothingToOffer)?
             .into_iter()
             .unzip();

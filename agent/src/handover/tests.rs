@@ -40,7 +40,7 @@ impl Book {
 }
 
 impl Estate for Book {
-    fn files(&self) -> std::io::Result<Vec<(What, OwnedFd)>> {
+    fn files(&self, _protocol: u16) -> std::io::Result<Vec<(What, OwnedFd)>> {
         let file = self.file.lock();
         let copies = file.iter().map(|file| Ok((What::Lock, file.try_clone()?)));
         copies.collect()

@@ -142,7 +142,7 @@ pub(super) fn remove_tree(dir: &Path) -> Result<(), LoaderError> {
 
 /// Makes a directory for its owner alone; one that others may write is refused, because whoever
 /// can put a pin there decides what runs.
-pub(super) fn make_dir(dir: &Path) -> Result<(), LoaderError> {
+pub(in crate::datapath) fn make_dir(dir: &Path) -> Result<(), LoaderError> {
     let problem = |problem: String| LoaderError::Directory {
         path: dir.to_owned(),
         problem,
