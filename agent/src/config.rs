@@ -121,6 +121,13 @@ impl RunArgs {
             }
         }
         .min(MAX_DATA_THREADS);
+        let tunnel_port = match self.tunnel_port {
+            0 => {
+                let remedy = "1 to 65535 are possible; the other nodes must know it";
+                return Err(BadValue::new("--tunnel-port", 0, remedy));
+            }
+            port => port,
+        };
         let log_level = self
             .log_level
             .or_else(|| environment("LINKERD_LOG_LEVEL")?.into_string().ok())
@@ -137,6 +144,8 @@ impl RunArgs {
                 default_inbound_policy: self.default_inbound_policy.into(),
                 outbound_default: self.outbound_default.into(),
                 cluster_networks: self.cluster_networks,
+                tunnel_port,
+                metrics_port: self.metrics_address.port(),
             },
             manifests: self.manifests,
             ca_dir: self.ca_dir,
@@ -146,7 +155,7 @@ impl RunArgs {
             data_threads,
             istio_metrics: self.metrics.contains(&MetricsArg::Istio),
             metrics_address: self.metrics_address,
-            tunnel_port: self.tunnel_port,
+            tunnel_port,
             hbone_to_pods: self.hbone_to_pods,
             caps: self.caps.settings()?,
             force_clsact: self.force_clsact,

@@ -25,7 +25,8 @@ pub const MESH1_MAC: [u8; 6] = [0x02, 0x70, 0x6d, 0x00, 0x00, 0x02];
 pub const RULE_PRIORITY: u32 = 1;
 pub const ROUTE_TABLE: u32 = 15001;
 
-/// The port of tunnels, of nodes and of pods.
+/// The port of tunnels: HBONE's own. At a pod's own address it is always this one, as others call
+/// there (ztunnel); nodes accept theirs at `--tunnel-port`, which is this unless somebody says so.
 pub const TUNNEL_PORT: u16 = 15008;
 
 /// Direction of a capture, as used in [`listener_index`].

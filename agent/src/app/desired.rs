@@ -177,6 +177,8 @@ mod tests {
             default_inbound_policy: DefaultPolicy::default(),
             outbound_default: OutboundDefault::default(),
             cluster_networks: Vec::new(),
+            tunnel_port: 15008,
+            metrics_port: 4191,
         };
         Mesh::build(Arc::new(settings), 1, &objects)
     }

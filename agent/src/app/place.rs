@@ -83,9 +83,7 @@ impl Place {
                 What::Metrics { address } if serves(config.metrics_address, address) => {
                     metrics = Some(TcpListener::from(file));
                 }
-                What::Tunnels { address }
-                    if config.tunnel_port == 0 || config.tunnel_port == address.port() =>
-                {
+                What::Tunnels { address } if config.tunnel_port == address.port() => {
                     tunnels.push(TcpListener::from(file));
                 }
                 What::Metrics { address } | What::Tunnels { address } => {

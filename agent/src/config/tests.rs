@@ -120,6 +120,10 @@ fn an_unusable_value_names_flag_value_and_remedy() {
             "--data-threads is \"65\": 1 to 64 are possible",
         ),
         (
+            ["--tunnel-port", "0"],
+            "--tunnel-port is \"0\": 1 to 65535 are possible; the other nodes must know it",
+        ),
+        (
             ["--drain-deadline", "30"],
             "--drain-deadline is \"30\": a whole number",
         ),

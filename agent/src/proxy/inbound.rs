@@ -65,6 +65,7 @@ pub(super) async fn serve(
     let Ok(target) = client.local_addr().map(canonical) else {
         return;
     };
+    // Of a pod it is always HBONE's own port, whatever `--tunnel-port` is.
     if target.port() == TUNNEL_PORT {
         permit.established();
         return Box::pin(server::serve(thread, client, peer, Port::Pod(pod))).await;

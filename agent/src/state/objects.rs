@@ -148,6 +148,10 @@ pub struct MeshSettings {
     pub outbound_default: OutboundDefault,
     /// Source addresses that the `cluster-*` modes count as inside.
     pub cluster_networks: Vec<IpNet>,
+    /// Where the nodes' agents accept tunnels from each other.
+    pub tunnel_port: u16,
+    /// Where the nodes' agents show their metrics. 0, which tests may choose: nobody knows.
+    pub metrics_port: u16,
 }
 
 /// What `--cluster-networks` is when nobody says it: the private ranges.

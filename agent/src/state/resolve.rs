@@ -5,6 +5,7 @@
 //! (`frontends`); here are two look-ups and the order in which they count:
 //!
 //! 1. addresses that lead nowhere, and the tunnel ports of nodes, are refused whoever claims them;
+//!    a node's metrics are whoever's who asks, so that a meshed Prometheus reads them (rule 8);
 //! 2. a frontend: the address and port of a Service, or a host port;
 //! 3. a pod's own address, whatever the port and whether or not the pod is ready: who dials a pod
 //!    means that pod;
@@ -18,9 +19,6 @@ use std::{
 };
 
 use super::{Mesh, ObjectKey, Workload, objects::OutboundDefault};
-
-/// The port of every node's agent for tunnels from other agents.
-pub use picomesh_common::config::TUNNEL_PORT;
 
 /// What stands at a frontend's (address, port).
 #[derive(Debug)]
@@ -122,8 +120,14 @@ pub fn resolve(mesh: &Mesh, source: &Workload, destination: SocketAddr) -> Desti
     if leads_nowhere(destination) {
         return Destination::Refused(RefusedDestination::Unroutable);
     }
-    if destination.port() == TUNNEL_PORT && mesh.node_ips.contains(&ip) {
-        return Destination::Refused(RefusedDestination::TunnelPort);
+    if mesh.node_ips.contains(&ip) {
+        let port = destination.port();
+        if port == mesh.settings.tunnel_port {
+            return Destination::Refused(RefusedDestination::TunnelPort);
+        }
+        if port == mesh.settings.metrics_port {
+            return Destination::Passthrough(destination);
+        }
     }
     if let Some(frontend) = mesh.frontends.get(&destination) {
         return match &**frontend {

@@ -22,6 +22,8 @@ pub fn settings() -> MeshSettings {
         default_inbound_policy: DefaultPolicy::default(),
         outbound_default: OutboundDefault::default(),
         cluster_networks: private_networks(),
+        tunnel_port: 15008,
+        metrics_port: 4191,
     }
 }
 

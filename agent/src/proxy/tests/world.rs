@@ -31,7 +31,7 @@ use crate::{
         manager,
     },
     metrics::{Metrics, MetricsSettings},
-    proxy::{Proxy, ProxySettings, Surroundings, Timing},
+    proxy::{Proxy, ProxySettings, Surroundings, TUNNEL_PORT, Timing},
     state::{
         Identity, Mesh, MeshStore, ObjectKey, PodUid,
         objects::{
@@ -399,6 +399,8 @@ async fn agent(
         default_inbound_policy: DefaultPolicy::AllUnauthenticated,
         outbound_default: OutboundDefault::Allow,
         cluster_networks: private_networks(),
+        tunnel_port: TUNNEL_PORT,
+        metrics_port: 4191,
     });
     let mesh = Arc::new(MeshStore::new(Mesh::build(
         Arc::clone(&settings),

@@ -86,6 +86,7 @@ impl Route {
         node_addresses: &[IpAddr],
     ) -> Result<Self, Refusal> {
         let (to, from) = if thread.settings.hbone_to_pods {
+            // Of a pod it is always HBONE's own port; only nodes have a setting.
             (
                 vec![SocketAddr::new(target.ip(), TUNNEL_PORT)],
                 Some(Rc::clone(pod)),

@@ -243,6 +243,48 @@ fn a_pods_own_address_leads_to_it_by_the_carrier_its_state_demands() {
     );
 }
 
+/// Rule 8: a meshed Prometheus reads the metrics of agents.
+#[test]
+fn a_nodes_metrics_pass_whatever_the_default_is() {
+    let deny = MeshSettings {
+        outbound_default: OutboundDefault::Deny,
+        ..settings()
+    };
+    let mesh = mesh_with(deny.clone(), &base());
+    let rows = [
+        ("192.168.0.1:4191", "pass 192.168.0.1:4191"),
+        ("[fd00:1::2]:4191", "pass [fd00:1::2]:4191"),
+        ("192.168.0.2:4192", "refused outbound_default_deny"),
+        ("1.1.1.1:4191", "refused outbound_default_deny"),
+        // Of a pod it is a port like any other.
+        ("10.1.0.1:4191", "local web 10.1.0.1:4191"),
+    ];
+    for (destination, wanted) in rows {
+        assert_eq!(lead(&mesh, destination), wanted, "{destination}");
+    }
+    let elsewhere = MeshSettings {
+        metrics_port: 9000,
+        ..deny
+    };
+    let mesh = mesh_with(elsewhere, &base());
+    assert_eq!(lead(&mesh, "192.168.0.2:9000"), "pass 192.168.0.2:9000");
+    assert_eq!(
+        lead(&mesh, "192.168.0.2:4191"),
+        "refused outbound_default_deny"
+    );
+}
+
+#[test]
+fn the_tunnel_port_of_nodes_is_the_one_of_the_settings() {
+    let elsewhere = MeshSettings {
+        tunnel_port: 25008,
+        ..settings()
+    };
+    let mesh = mesh_with(elsewhere, &base());
+    assert_eq!(lead(&mesh, "192.168.0.2:25008"), "refused tunnel_port");
+    assert_eq!(lead(&mesh, "192.168.0.2:15008"), "pass 192.168.0.2:15008");
+}
+
 #[test]
 fn an_address_of_two_live_pods_is_refused_and_one_of_the_dead_is_not() {
     let claim = |more: &str, node: &str| pod("shop/other", node, &["10.2.0.1"], more);
