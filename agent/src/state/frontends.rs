@@ -10,12 +10,12 @@
 //! client's address, holds in the mesh on every way.
 //!
 //! **Two claims to one address and port**: cluster addresses first, then node ports, load-balancer
-//! addresses, externalIPs, host ports; within one kind the first by namespace and name. The loser
-//! is reported. An externalIP or load-balancer address that is a pod's address is not served at
+//! addresses, externalIPs, host ports; of Services the first by namespace and name. The loser is
+//! reported. A host port that two pods of a node claim is nobody's, like an address of two pods. An externalIP or load-balancer address that is a pod's address is not served at
 //! all: whoever may create Services could otherwise take another pod's traffic.
 
 use std::{
-    collections::{HashMap, hash_map::Entry},
+    collections::{BTreeMap, HashMap, HashSet, hash_map::Entry},
     net::{IpAddr, SocketAddr},
     sync::Arc,
 };
@@ -30,7 +30,7 @@ use super::{
 pub(super) fn build(
     known: &Known<'_>,
     problems: &mut Vec<Problem>,
-) -> HashMap<SocketAddr, Arc<Frontend>> {
+) -> (HashMap<SocketAddr, Arc<Frontend>>, HashSet<SocketAddr>) {
     let mut slices: HashMap<(&str, &str), Vec<&EndpointSlice>> = HashMap::new();
     for slice in known.objects.endpoint_slices.values() {
         slices
@@ -128,8 +128,8 @@ pub(super) fn build(
             table.claim(addr, Claim::ExternalIp, port, &Scope::All);
         }
     }
-    table.host_ports();
-    table.frontends
+    let ambiguous = table.host_ports();
+    (table.frontends, ambiguous)
 }
 
 /// Which endpoints an address may lead to.
@@ -253,17 +253,16 @@ impl Table<'_> {
     }
 
     /// Where a Service has the place already the host port yields without a word: that is how a
-    /// load balancer made of host-port pods looks.
-    fn host_ports(&mut self) {
+    /// load balancer made of host-port pods looks. Gives those that several pods claim.
+    fn host_ports(&mut self) -> HashSet<SocketAddr> {
         let pods = self
             .known
             .objects
             .pods
             .values()
             .filter(|pod| !pod.host_network);
-        // A pod on its way out yields to the one that takes its place.
-        let (leaving, staying): (Vec<&Arc<Pod>>, Vec<_>) = pods.partition(|pod| pod.terminating);
-        for pod in staying.into_iter().chain(leaving) {
+        let mut claims: BTreeMap<SocketAddr, Vec<(&Pod, Arc<Frontend>)>> = BTreeMap::new();
+        for pod in pods {
             let Some(workload) = self.known.workloads.get(&pod.uid) else {
                 continue;
             };
@@ -284,17 +283,48 @@ impl Table<'_> {
                         && workload.ips.iter().any(|own| own.is_ipv4() == ip.is_ipv4())
                 };
                 for ip in addresses.iter().filter(at) {
-                    self.frontends
-                        .entry(SocketAddr::new(*ip, host_port))
-                        .or_insert_with(|| {
-                            Arc::new(Frontend::HostPort {
-                                workload: Arc::clone(workload),
-                                port: own.port,
-                            })
-                        });
+                    let addr = SocketAddr::new(*ip, host_port);
+                    let claimants = claims.entry(addr).or_default();
+                    if self.frontends.contains_key(&addr)
+                        || claimants.iter().any(|(known, _)| known.uid == pod.uid)
+                    {
+                        continue;
+                    }
+                    let frontend = Frontend::HostPort {
+                        workload: Arc::clone(workload),
+                        port: own.port,
+                    };
+                    claimants.push((&**pod, Arc::new(frontend)));
                 }
             }
         }
+
+        let mut ambiguous = HashSet::new();
+        for (addr, mut claimants) in claims {
+            // A pod on its way out yields to the one that takes its place.
+            if claimants.iter().any(|(pod, _)| !pod.terminating) {
+                claimants.retain(|(pod, _)| !pod.terminating);
+            }
+            match claimants.as_slice() {
+                [] => {}
+                [(_, frontend)] => {
+                    self.frontends.insert(addr, Arc::clone(frontend));
+                }
+                several => {
+                    ambiguous.insert(addr);
+                    self.problems.extend(several.iter().map(|(pod, _)| Problem {
+                        kind: "Pod",
+                        object: pod.key.clone(),
+                        message: format!(
+                            "host port {addr} is claimed by {} live pods, so connections to it are \
+                             refused; only one pod of a node may have it",
+                            several.len()
+                        ),
+                    }));
+                }
+            }
+        }
+        ambiguous
     }
 }
 

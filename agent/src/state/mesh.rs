@@ -72,6 +72,8 @@ pub struct Mesh {
     pub problems: Vec<Problem>,
     /// Addresses of pods that two live pods claim.
     pub(super) ambiguous: HashSet<IpAddr>,
+    /// Host ports that two live pods of a node claim.
+    pub(super) ambiguous_host_ports: HashSet<SocketAddr>,
     /// Every address of every node, those claimed twice too.
     pub(super) node_ips: HashSet<IpAddr>,
     /// Cluster addresses of Services, whatever their ports.
@@ -116,7 +118,7 @@ impl Mesh {
             ambiguous: &ambiguous,
             node_addresses: &node_addresses,
         };
-        let frontends = frontends::build(&known, &mut problems);
+        let (frontends, ambiguous_host_ports) = frontends::build(&known, &mut problems);
         let cluster_ips = objects
             .services
             .values()
@@ -136,6 +138,7 @@ impl Mesh {
             node_of_address,
             problems,
             ambiguous,
+            ambiguous_host_ports,
             node_ips,
             cluster_ips,
         }

@@ -6,7 +6,8 @@
 //!
 //! 1. addresses that lead nowhere, and the tunnel ports of nodes, are refused whoever claims them;
 //!    a node's metrics are whoever's who asks, so that a meshed Prometheus reads them (rule 8);
-//! 2. a frontend: the address and port of a Service, or a host port;
+//! 2. a frontend: the address and port of a Service, or a host port; one that two pods of a node
+//!    claim is refused;
 //! 3. a pod's own address, whatever the port and whether or not the pod is ready: who dials a pod
 //!    means that pod;
 //! 4. another port of a Service's cluster address is refused, as kube-proxy does;
@@ -87,7 +88,7 @@ pub enum RefusedDestination {
     NoEndpoints,
     /// A Service has that address, but not that port.
     NoSuchPort,
-    /// Two live pods claim the address.
+    /// Two live pods claim the address, or the host port.
     AmbiguousAddress,
     /// Loopback, unspecified, multicast, or a listener's own address.
     Unroutable,
@@ -151,7 +152,7 @@ pub fn resolve(mesh: &Mesh, source: &Workload, destination: SocketAddr) -> Desti
             }
         };
     }
-    if mesh.ambiguous.contains(&ip) {
+    if mesh.ambiguous.contains(&ip) || mesh.ambiguous_host_ports.contains(&destination) {
         return Destination::Refused(RefusedDestination::AmbiguousAddress);
     }
     if let Some(workload) = mesh.by_ip.get(&ip) {

@@ -432,6 +432,23 @@ fn a_host_port_leads_to_its_pod_unless_a_service_has_the_place() {
     let got = lead(&mesh_of(&(older + &web)), "192.168.0.2:8443");
     assert_eq!(got, "tunnel(n2,2) hp 10.2.0.8:8080", "who leaves yields");
 
+    // Two that stay: nobody knows which is meant, so it is neither.
+    let other = |port: &str| with("shop/zz", port, "").replace("10.2.0.8", "10.2.0.3");
+    let mesh = mesh_of(&(other("hostPort: 8443, hostIP: 192.168.0.2") + &web));
+    assert_eq!(lead(&mesh, "192.168.0.2:8443"), "refused ambiguous_address");
+    let told = |name: &str| {
+        format!(
+            "Pod shop/{name}: host port 192.168.0.2:8443 is claimed by 2 live pods, so connections \
+             to it are refused; only one pod of a node may have it"
+        )
+    };
+    assert_eq!(problems(&mesh), [told("hp"), told("zz")]);
+    let mesh = mesh_of(&(other("hostPort: 8443, hostIP: 192.168.7.7") + &web));
+    assert_eq!(
+        lead(&mesh, "192.168.0.2:8443"),
+        "tunnel(n2,2) hp 10.2.0.8:8080"
+    );
+
     let balancer = "---\n{apiVersion: v1, kind: Service, metadata: {name: lb, namespace: shop}, \
                     spec: {clusterIP: 10.96.0.1, selector: {app: back}, ports: [{port: 8443}]}, \
                     status: {loadBalancer: {ingress: [{ip: 192.168.0.2}]}}}\n";
