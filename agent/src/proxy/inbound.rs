@@ -21,7 +21,10 @@ use super::{
 use crate::{
     datapath::{PodSockets, Source},
     metrics::{Direction, FlowInfo, TlsStatus},
-    state::policy::{Client, ClientIdentity},
+    state::{
+        policy::{Client, ClientIdentity},
+        resolve::RefusedDestination,
+    },
 };
 
 /// The client holds a port towards the pod; no socket of ours may take it meanwhile (rule 7).
@@ -110,7 +113,7 @@ async fn establish(
     report.record.dst_workload = Some(Arc::clone(callee));
     // Rule 8: a listener's own address is loopback; nothing captured is addressed there.
     if target.ip().is_loopback() || target.ip().is_unspecified() {
-        return Err(Reason::Unroutable.into());
+        return Err((RefusedDestination::Unroutable, target).into());
     }
     let client = Client {
         ip: peer.ip(),

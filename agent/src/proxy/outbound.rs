@@ -34,7 +34,7 @@ use crate::{
         Mesh, Workload,
         balance::{self, Affinity},
         policy::{Client, ClientIdentity, PolicyRef},
-        resolve::{Carrier, Destination, Endpoint, ServiceFrontend, resolve},
+        resolve::{Carrier, Destination, Endpoint, RefusedDestination, ServiceFrontend, resolve},
     },
 };
 
@@ -140,7 +140,7 @@ async fn establish(
     report.record.src_workload = Some(Arc::clone(caller));
     // Rule 8: a listener's own address is loopback; nothing captured is addressed there.
     if target.ip().is_loopback() || target.ip().is_unspecified() {
-        return Err(Reason::Unroutable.into());
+        return Err((RefusedDestination::Unroutable, target).into());
     }
     let destination = resolve(&mesh, caller, target);
     if let Destination::Service(service) = &destination {
@@ -234,7 +234,10 @@ fn decide(
     let (endpoint, passthrough) = match destination {
         Destination::Service(service) => match pick(thread, service, peer.ip(), tried) {
             Some(endpoint) => (endpoint, false),
-            None => return Err(Refusal::from(Reason::NoEndpoints).into()),
+            None => {
+                let detail = format!("Service {} has no endpoint left to try", service.service);
+                return Err(Refusal::new(Reason::NoEndpoints, detail).into());
+            }
         },
         Destination::Endpoint(endpoint) => (endpoint.clone(), false),
         Destination::Passthrough(addr) => {
@@ -245,9 +248,7 @@ fn decide(
             };
             (endpoint, true)
         }
-        Destination::Refused(reason) => {
-            return Err(Refusal::from(Reason::from(*reason)).into());
-        }
+        Destination::Refused(why, dialled) => return Err(Refusal::from((*why, *dialled)).into()),
     };
     if let Err(refusal) = authz::leaves(caller, endpoint.addr, endpoint.workload.as_deref()) {
         return Err(Refused {
@@ -388,7 +389,7 @@ fn begin(
     };
     let service = match destination {
         Destination::Service(service) => Some((service.service.clone(), service.port)),
-        Destination::Endpoint(_) | Destination::Passthrough(_) | Destination::Refused(_) => None,
+        Destination::Endpoint(_) | Destination::Passthrough(_) | Destination::Refused(..) => None,
     };
     let outbound = FlowInfo {
         direction: Direction::Outbound,

@@ -14,7 +14,7 @@ use super::{
 use crate::{
     access_log::Record,
     metrics::{Direction, Outcome},
-    state::Workload,
+    state::{Workload, resolve::RefusedDestination},
 };
 
 /// What is known of a connection so far. On the heap: it lives as long as the connection.
@@ -47,6 +47,13 @@ impl From<Reason> for Refusal {
             reason,
             detail: String::new(),
         }
+    }
+}
+
+/// Why it leads nowhere, and what was dialled.
+impl From<(RefusedDestination, SocketAddr)> for Refusal {
+    fn from((why, dialled): (RefusedDestination, SocketAddr)) -> Self {
+        Self::new(why.into(), why.sentence(dialled))
     }
 }
 

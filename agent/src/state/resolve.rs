@@ -79,7 +79,8 @@ pub enum Destination {
     Endpoint(Endpoint),
     /// Nobody in the mesh has this address; `outbound-default` allows it.
     Passthrough(SocketAddr),
-    Refused(RefusedDestination),
+    /// Why, and what was dialled.
+    Refused(RefusedDestination, SocketAddr),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,6 +111,36 @@ impl RefusedDestination {
             Self::OutboundDefaultDeny => "outbound_default_deny",
         }
     }
+
+    /// What was dialled, what is wrong with it, and what to do.
+    pub fn sentence(self, dialled: SocketAddr) -> String {
+        let (ip, port) = (dialled.ip(), dialled.port());
+        match self {
+            Self::NoEndpoints => format!(
+                "the Service at {dialled} has no endpoint that is ready; look at its selector and \
+                 its pods"
+            ),
+            Self::NoSuchPort => format!(
+                "a Service has the address {ip}, but not the port {port}; dial one of its ports, \
+                 or add this one to spec.ports"
+            ),
+            Self::AmbiguousAddress => format!(
+                "{dialled} is claimed by several live pods; `debug state` names them, only one may \
+                 have it"
+            ),
+            Self::Unroutable => format!(
+                "{dialled} leads nowhere from a pod; dial the address of a Service, a pod or a host"
+            ),
+            Self::TunnelPort => format!(
+                "port {port} of the node {ip} is for tunnels between agents; dial the pod or \
+                 Service that is meant"
+            ),
+            Self::OutboundDefaultDeny => format!(
+                "nobody in the mesh has {dialled}, and outbound-default is deny; allow it with the \
+                 annotation config.picomesh.io/outbound-default: allow"
+            ),
+        }
+    }
 }
 
 /// Where does `destination`, as dialled by `source`, lead?
@@ -117,14 +148,15 @@ pub fn resolve(mesh: &Mesh, source: &Workload, destination: SocketAddr) -> Desti
     // Java dials IPv4 as ::ffff:a.b.c.d.
     let destination = SocketAddr::new(destination.ip().to_canonical(), destination.port());
     let ip = destination.ip();
+    let refused = |why| Destination::Refused(why, destination);
 
     if leads_nowhere(destination) {
-        return Destination::Refused(RefusedDestination::Unroutable);
+        return refused(RefusedDestination::Unroutable);
     }
     if mesh.node_ips.contains(&ip) {
         let port = destination.port();
         if port == mesh.settings.tunnel_port {
-            return Destination::Refused(RefusedDestination::TunnelPort);
+            return refused(RefusedDestination::TunnelPort);
         }
         if port == mesh.settings.metrics_port {
             return Destination::Passthrough(destination);
@@ -133,7 +165,7 @@ pub fn resolve(mesh: &Mesh, source: &Workload, destination: SocketAddr) -> Desti
     if let Some(frontend) = mesh.frontends.get(&destination) {
         return match &**frontend {
             Frontend::Service(service) if service.endpoints.is_empty() => {
-                Destination::Refused(RefusedDestination::NoEndpoints)
+                refused(RefusedDestination::NoEndpoints)
             }
             Frontend::Service(service) => Destination::Service(Arc::clone(service)),
             Frontend::HostPort { workload, port } => {
@@ -147,23 +179,23 @@ pub fn resolve(mesh: &Mesh, source: &Workload, destination: SocketAddr) -> Desti
                         SocketAddr::new(*own, *port),
                         &mesh.node_addresses,
                     )),
-                    None => Destination::Refused(RefusedDestination::NoEndpoints),
+                    None => refused(RefusedDestination::NoEndpoints),
                 }
             }
         };
     }
     if mesh.ambiguous.contains(&ip) || mesh.ambiguous_host_ports.contains(&destination) {
-        return Destination::Refused(RefusedDestination::AmbiguousAddress);
+        return refused(RefusedDestination::AmbiguousAddress);
     }
     if let Some(workload) = mesh.by_ip.get(&ip) {
         return Destination::Endpoint(endpoint_of(workload, destination, &mesh.node_addresses));
     }
     if mesh.cluster_ips.contains(&ip) {
-        return Destination::Refused(RefusedDestination::NoSuchPort);
+        return refused(RefusedDestination::NoSuchPort);
     }
     match source.outbound_default {
         OutboundDefault::Allow => Destination::Passthrough(destination),
-        OutboundDefault::Deny => Destination::Refused(RefusedDestination::OutboundDefaultDeny),
+        OutboundDefault::Deny => refused(RefusedDestination::OutboundDefaultDeny),
     }
 }
 

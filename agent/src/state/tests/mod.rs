@@ -8,7 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 use super::{
     Mesh, Workload,
     objects::{MeshSettings, OutboundDefault},
-    resolve::{Carrier, Destination, resolve},
+    resolve::{Carrier, Destination, RefusedDestination, resolve},
 };
 use crate::testing::manifests::{mesh, mesh_with, meshed_namespace, node, pod, settings, workload};
 
@@ -81,7 +81,7 @@ fn lead_from(mesh: &Mesh, source: &Workload, destination: &str) -> String {
         }
         Destination::Endpoint(one) => endpoint(&one),
         Destination::Passthrough(addr) => format!("pass {addr}"),
-        Destination::Refused(reason) => format!("refused {}", reason.as_str()),
+        Destination::Refused(reason, _) => format!("refused {}", reason.as_str()),
     }
 }
 
@@ -283,6 +283,30 @@ fn the_tunnel_port_of_nodes_is_the_one_of_the_settings() {
     let mesh = mesh_with(elsewhere, &base());
     assert_eq!(lead(&mesh, "192.168.0.2:25008"), "refused tunnel_port");
     assert_eq!(lead(&mesh, "192.168.0.2:15008"), "pass 192.168.0.2:15008");
+}
+
+#[test]
+fn a_refused_destination_says_what_was_dialled_and_what_to_do() {
+    let dialled = "10.96.0.1:82".parse().unwrap();
+    let rows = [
+        (RefusedDestination::NoEndpoints, "selector"),
+        (RefusedDestination::NoSuchPort, "add this one to spec.ports"),
+        (RefusedDestination::AmbiguousAddress, "debug state"),
+        (RefusedDestination::Unroutable, "dial the address of"),
+        (
+            RefusedDestination::TunnelPort,
+            "dial the pod or Service that is meant",
+        ),
+        (
+            RefusedDestination::OutboundDefaultDeny,
+            "config.picomesh.io/outbound-default: allow",
+        ),
+    ];
+    for (why, remedy) in rows {
+        let sentence = why.sentence(dialled);
+        assert!(sentence.contains("10.96.0.1"), "{sentence}");
+        assert!(sentence.contains(remedy), "{sentence}");
+    }
 }
 
 #[test]
