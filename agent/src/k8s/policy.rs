@@ -130,6 +130,49 @@ fn instead_of(kind: &str) -> String {
     }
 }
 
+/// Fields of `spec` that people write and that decide nothing here, with the right word. They are
+/// no fields below, so that no list of fields offers them; whoever parses asks for them when an
+/// object does not parse.
+pub fn misplaced(kind: PolicyKind) -> &'static [Misplaced] {
+    match kind {
+        PolicyKind::Server => &[
+            Misplaced {
+                field: "protocol",
+                problem: "is no field",
+                remedy: "write proxyProtocol: unknown, HTTP/1, HTTP/2, gRPC, opaque or TLS",
+            },
+            Misplaced {
+                field: "externalWorkloadSelector",
+                problem: "selects workloads outside the cluster, which do not exist here",
+                remedy: "write podSelector",
+            },
+        ],
+        PolicyKind::AuthorizationPolicy => &[Misplaced {
+            field: "rules",
+            problem: "is no field",
+            remedy: RULES_INSTEAD,
+        }],
+        PolicyKind::ServerAuthorization
+        | PolicyKind::MeshTlsAuthentication
+        | PolicyKind::NetworkAuthentication => &[],
+    }
+}
+
+/// One of [`misplaced`].
+#[derive(Debug)]
+pub struct Misplaced {
+    pub field: &'static str,
+    problem: &'static str,
+    remedy: &'static str,
+}
+
+impl Misplaced {
+    pub fn error(&self, value: &str) -> FieldError {
+        let field = format!("spec.{}", self.field);
+        FieldError::new(field, value, self.problem, self.remedy)
+    }
+}
+
 /// An object of this group as it is written.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
@@ -149,12 +192,9 @@ pub struct Manifest<Spec> {
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct ServerSpec {
     pod_selector: Option<SelectorSpec>,
-    external_workload_selector: Option<IgnoredAny>,
     port: Option<IntOrString>,
     proxy_protocol: Option<String>,
     access_policy: Option<String>,
-    /// Not a field; guides write it for proxyProtocol.
-    protocol: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -243,8 +283,6 @@ struct NetworkSpec {
 pub struct AuthorizationPolicySpec {
     target_ref: Option<RefSpec>,
     required_authentication_refs: Option<Vec<RefSpec>>,
-    /// Not a field; guides take it over from Istio.
-    rules: Option<IgnoredAny>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -278,15 +316,6 @@ impl Converter {
             spec,
             ..
         } = manifest;
-        if let Some(protocol) = spec.protocol {
-            let remedy = "write proxyProtocol: unknown, HTTP/1, HTTP/2, gRPC, opaque or TLS";
-            return Err(FieldError::new(
-                "spec.protocol",
-                protocol,
-                "is no field",
-                remedy,
-            ));
-        }
         let proxy_protocol = match spec.proxy_protocol.as_deref() {
             None | Some("unknown") => ProxyProtocol::Unknown,
             Some("HTTP/1") => ProxyProtocol::Http1,
@@ -325,14 +354,6 @@ impl Converter {
                 FieldError::new("spec.accessPolicy", word, "is no policy", remedy)
             })?,
         };
-        if spec.external_workload_selector.is_some() {
-            return Err(FieldError::new(
-                "spec.externalWorkloadSelector",
-                "…",
-                "selects workloads outside the cluster, which do not exist here",
-                "write podSelector",
-            ));
-        }
         let pod_selector = spec.pod_selector.ok_or_else(|| {
             FieldError::missing(
                 "spec.podSelector",
@@ -446,14 +467,6 @@ impl Converter {
     ) -> Result<AuthorizationPolicy, FieldError> {
         let key = self.key(&manifest.metadata)?;
         let spec = manifest.spec;
-        if spec.rules.is_some() {
-            return Err(FieldError::new(
-                "spec.rules",
-                "…",
-                "is no field",
-                RULES_INSTEAD,
-            ));
-        }
         let target = spec.target_ref.ok_or_else(|| {
             FieldError::missing(
                 "spec.targetRef",

@@ -306,19 +306,19 @@ fn read_policy(
 ) -> Result<Object, Wrong> {
     let object = match kind {
         PolicyKind::Server => converter
-            .server(part.typed::<Manifest<_>>(head)?)
+            .server(part.typed::<Manifest<_>>(kind, head)?)
             .map(Object::Server),
         PolicyKind::ServerAuthorization => converter
-            .server_authorization(part.typed::<Manifest<_>>(head)?)
+            .server_authorization(part.typed::<Manifest<_>>(kind, head)?)
             .map(Object::ServerAuthorization),
         PolicyKind::AuthorizationPolicy => converter
-            .authorization_policy(part.typed::<Manifest<_>>(head)?)
+            .authorization_policy(part.typed::<Manifest<_>>(kind, head)?)
             .map(Object::AuthorizationPolicy),
         PolicyKind::MeshTlsAuthentication => converter
-            .mesh_tls_authentication(part.typed::<Manifest<_>>(head)?)
+            .mesh_tls_authentication(part.typed::<Manifest<_>>(kind, head)?)
             .map(Object::MeshTlsAuthentication),
         PolicyKind::NetworkAuthentication => converter
-            .network_authentication(part.typed::<Manifest<_>>(head)?)
+            .network_authentication(part.typed::<Manifest<_>>(kind, head)?)
             .map(Object::NetworkAuthentication),
     };
     object.map_err(|error| part.misfit(head, error))
@@ -401,12 +401,25 @@ impl Converter {
 }
 
 impl Part<'_> {
-    /// As one of our own kinds.
-    fn typed<T: DeserializeOwned>(&self, head: &Head) -> Result<T, Wrong> {
-        parse(self.text).map_err(|error| self.wrong(head.name(), error))
+    /// As one of the kinds that decide.
+    fn typed<T: DeserializeOwned>(&self, kind: PolicyKind, head: &Head) -> Result<T, Wrong> {
+        parse(self.text).map_err(|error| match self.misplaced(kind) {
+            Some(misplaced) => self.misfit(head, misplaced),
+            None => self.wrong(head.name(), error),
+        })
     }
 
-    /// As one of Kubernetes' kinds.
+    /// A field that is none, where we know what its author means.
+    fn misplaced(&self, kind: PolicyKind) -> Option<FieldError> {
+        let document: Value = parse(self.text).ok()?;
+        let spec = document.get("spec")?;
+        policy::misplaced(kind).iter().find_map(|misplaced| {
+            let written = spec.get(misplaced.field)?;
+            Some(misplaced.error(written.as_str().unwrap_or("…")))
+        })
+    }
+
+    /// As one of Kubernetes' kinds. Fields that it does not have are passed over.
     fn kubernetes<T: DeserializeOwned>(&self, head: &Head) -> Result<T, Wrong> {
         self.kubernetes_and_unknown(head).map(|(object, _)| object)
     }

@@ -163,9 +163,13 @@ fn an_error_names_file_line_object_field_value_and_remedy() {
         ),
         (
             SERVER.replace("port: 8080", "port: 8080\n  protcol: HTTP/1"),
-            "a.yaml:9: Server shop/web: unknown field `protcol`, expected one of podSelector, \
-             externalWorkloadSelector, port, proxyProtocol, accessPolicy, protocol, in \
-             `protcol: HTTP/1`",
+            "a.yaml:9: Server shop/web: unknown field `protcol`, expected one of podSelector, port, \
+             proxyProtocol, accessPolicy, in `protcol: HTTP/1`",
+        ),
+        (
+            SERVER.replace("port: 8080", "port: 8080\n  protocol: HTTP/1"),
+            "a.yaml:9: Server shop/web: spec.protocol: \"HTTP/1\" is no field; write proxyProtocol: \
+             unknown, HTTP/1, HTTP/2, gRPC, opaque or TLS",
         ),
         (
             SERVER.replace("v1beta3", "v2"),
