@@ -9,7 +9,14 @@ pub(crate) struct Count {
     pub(crate) failures: Vec<String>,
     /// "name: reason"
     pub(crate) skips: Vec<String>,
+    /// Tests that said themselves that they were skipped, and that the summary to come counts as
+    /// passed.
+    skipped_inside: u32,
 }
+
+/// How a line begins by which a test says that it cannot run here, with its name and why. libtest
+/// knows no skip of a test that has begun.
+const SKIPPED_INSIDE: &str = "skipped inside: ";
 
 impl Count {
     pub(crate) fn success() -> Self {
@@ -53,9 +60,14 @@ impl Count {
     /// Reads one line of a test program in libtest's format.
     pub(crate) fn read(&mut self, step: &str, line: &str) {
         if let Some(summary) = line.strip_prefix("test result: ") {
-            self.passed += before(summary, " passed");
+            let not_run = std::mem::take(&mut self.skipped_inside);
+            self.passed += before(summary, " passed").saturating_sub(not_run);
             self.failed += before(summary, " failed");
             self.skipped += before(summary, " ignored");
+        } else if let Some(skip) = line.strip_prefix(SKIPPED_INSIDE) {
+            self.skipped += 1;
+            self.skipped_inside += 1;
+            self.skips.push(format!("{step}: {skip}"));
         } else if let Some((name, outcome)) = line
             .strip_prefix("test ")
             .and_then(|rest| rest.rsplit_once(" ... "))
@@ -115,6 +127,25 @@ mod tests {
                 "unit: x: d: needs root",
                 "unit: x: e: nginx is not installed"
             ]
+        );
+    }
+
+    #[test]
+    fn a_test_that_says_itself_that_it_was_skipped_is_no_pass() {
+        let mut count = Count::default();
+        for line in [
+            "test a ... ok",
+            "skipped inside: proxy::b: no network namespace; run it as root",
+            "test proxy::b ... ok",
+            "test result: ok. 2 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out",
+            "test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out",
+        ] {
+            count.read("unit: x", line);
+        }
+        assert_eq!((count.passed, count.failed, count.skipped), (4, 0, 1));
+        assert_eq!(
+            count.skips,
+            ["unit: x: proxy::b: no network namespace; run it as root"]
         );
     }
 
