@@ -108,7 +108,7 @@ fn split(text: &str) -> Vec<Part<'_>> {
     let mut parts = Vec::new();
     let (mut start, mut first_line) = (0, 1);
     let mut at = 0;
-    for (number, line) in (1..).zip(text.split_inclusive('\n')) {
+    for (number, line) in (1..).zip(lines(text)) {
         let marker = line
             .strip_prefix("---")
             .or_else(|| line.strip_prefix("..."));
@@ -133,9 +133,23 @@ fn split(text: &str) -> Vec<Part<'_>> {
 /// `%YAML` and the like belong to the document that the next `---` begins.
 fn is_directive(text: &str) -> bool {
     text.starts_with('%')
-        && text
-            .lines()
-            .all(|line| line.is_empty() || line.starts_with(['%', '#']))
+        && lines(text).all(|line| line.trim().is_empty() || line.starts_with(['%', '#']))
+}
+
+/// As YAML counts them: LF, CR LF and CR alone each end one. With their ends.
+fn lines(text: &str) -> impl Iterator<Item = &str> {
+    let mut rest = text;
+    std::iter::from_fn(move || {
+        let length = match rest.find(['\n', '\r']) {
+            _ if rest.is_empty() => return None,
+            None => rest.len(),
+            Some(at) if rest[at..].starts_with("\r\n") => at + 2,
+            Some(at) => at + 1,
+        };
+        let (line, after) = rest.split_at(length);
+        rest = after;
+        Some(line)
+    })
 }
 
 fn read_part(part: &Part<'_>, converter: &Converter) -> Vec<Result<Document, Wrong>> {
@@ -446,10 +460,7 @@ impl Part<'_> {
 
     fn wrong_at(&self, line: u64, object: Option<String>, error: &serde_saphyr::Error) -> Wrong {
         let message = message_of(error);
-        let text = self
-            .text
-            .lines()
-            .nth(usize::try_from(line - 1).unwrap_or(usize::MAX));
+        let text = lines(self.text).nth(usize::try_from(line - 1).unwrap_or(usize::MAX));
         let message = match text.map(str::trim).filter(|text| !text.is_empty()) {
             Some(text) if text.len() <= 120 => format!("{message}, in `{text}`"),
             Some(_) | None => message,
@@ -474,7 +485,7 @@ impl Part<'_> {
 
     /// The first line that is neither separator nor comment nor empty.
     fn first_content_line(&self) -> u64 {
-        let skipped = self.text.lines().take_while(|line| {
+        let skipped = lines(self.text).take_while(|line| {
             let line = line.trim();
             line.is_empty() || line.starts_with('#') || line.starts_with("---")
         });

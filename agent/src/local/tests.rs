@@ -199,6 +199,31 @@ fn an_error_names_file_line_object_field_value_and_remedy() {
     }
 }
 
+/// YAML counts a CR alone as a line's end, and so does the parser.
+#[test]
+fn a_lone_carriage_return_counts_as_a_lines_end() {
+    for end in ["\n", "\r\n", "\r"] {
+        let text = format!("# shop\n# more{end}---\n{SERVER}")
+            .replace("kind: Server\n", &format!("kind: Server{end}"));
+        for (wrong, wanted) in [
+            (
+                "prt: 8080",
+                "a.yaml:11: Server shop/web: unknown field `prt`",
+            ),
+            ("port: 0", "a.yaml:11: Server shop/web: spec.port"),
+        ] {
+            let mut world = World::new();
+            world.write("a.yaml", &text.replace("port: 8080", wrong));
+            let snapshot = world.read();
+            let told = world.errors(&snapshot).concat();
+            assert!(told.starts_with(wanted), "{end:?}: {told}");
+            if wrong.starts_with("prt") {
+                assert!(told.ends_with("in `prt: 8080`"), "{end:?}: {told}");
+            }
+        }
+    }
+}
+
 /// A misspelt `from` would let everybody in.
 #[test]
 fn an_unknown_field_of_a_network_policy_is_an_error_and_the_last_good_one_stays() {
