@@ -2,7 +2,8 @@
 //!
 //! [`pool`] opens them and [`server`] accepts them; [`hbone`] is what both sides must agree on,
 //! [`wire`] the TCP below TLS. [`admission`] bounds what strangers may cost before they have proven
-//! who they are, [`flood`] what peers may cost afterwards. Nothing here resolves or decides where a
+//! who they are, [`flood`] what peers may cost afterwards; [`trouble`] remembers which peers cannot
+//! be reached. Nothing here resolves or decides where a
 //! connection goes.
 
 mod admission;
@@ -10,6 +11,7 @@ mod flood;
 pub mod hbone;
 mod pool;
 pub(super) mod server;
+mod trouble;
 mod wire;
 
 use std::{
@@ -26,6 +28,7 @@ pub(super) use admission::Admission;
 pub(super) use hbone::STREAM_WINDOW;
 pub(super) use pool::{Pool, Route};
 pub(super) use server::Port;
+pub(super) use trouble::Troubles;
 
 use server::ServerTunnel;
 

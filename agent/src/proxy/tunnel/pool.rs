@@ -34,6 +34,7 @@ use super::{
     TunnelStatus,
     flood::{self, Cut, Guard},
     hbone::{self, Windows},
+    trouble,
     wire::{UNSENT, Wire},
 };
 use crate::{
@@ -64,6 +65,16 @@ struct Key {
     to: SocketAddr,
     /// The calling pod, where the tunnel leaves from its address.
     from: Option<PodUid>,
+}
+
+impl Key {
+    fn way(&self) -> trouble::Way<'_> {
+        trouble::Way {
+            source: &self.source,
+            destination: &self.destination,
+            to: self.to,
+        }
+    }
 }
 
 /// How to get to a callee: the key, and what is needed to open a tunnel.
@@ -426,6 +437,10 @@ impl Attempt {
             Ok((tunnel, connection, cut)) => {
                 thread.recorder.handshake(false, "ok");
                 thread.recorder.tunnels(1);
+                if thread.shared.troubles.ends(self.key.way()) {
+                    tracing::info!(source = %self.key.source, destination = %self.key.destination,
+                        to = %self.key.to, "tunnels can be opened again");
+                }
                 thread.pool.opened(&self.key, Some(Rc::clone(&tunnel)));
                 done.send_replace(Some(Ok(())));
                 drop(done);
@@ -441,11 +456,25 @@ impl Attempt {
                 thread.recorder.tunnels(-1);
             }
             Err(failure) => {
-                tracing::warn!(
-                    source = %self.key.source, destination = %self.key.destination,
-                    to = %self.key.to, reason = failure.reason.word(), detail = %failure.detail,
-                    "no tunnel"
-                );
+                // Whoever connects to a node that is away tries: a line for each would bury the
+                // log. Their own lines in the access log say why they failed.
+                if thread
+                    .shared
+                    .troubles
+                    .begins(self.key.way(), failure.reason)
+                {
+                    tracing::warn!(
+                        source = %self.key.source, destination = %self.key.destination,
+                        to = %self.key.to, reason = failure.reason.word(),
+                        detail = %failure.detail, "no tunnel; said again when this changes"
+                    );
+                } else {
+                    tracing::debug!(
+                        source = %self.key.source, destination = %self.key.destination,
+                        to = %self.key.to, reason = failure.reason.word(),
+                        detail = %failure.detail, "no tunnel"
+                    );
+                }
                 thread.recorder.handshake(false, failure.reason.word());
                 thread.pool.opened(&self.key, None);
                 done.send_replace(Some(Err(failure)));
