@@ -202,6 +202,7 @@ impl CapArgs {
             pod_buffers: size("--pod-buffers", self.pod_buffers, 64 << 10, LARGEST)?,
             node_connections: count("--node-connections", self.node_connections, NODE)?.map(wide),
             node_buffers: size("--node-buffers", self.node_buffers, 1 << 20, LARGEST)?,
+            peer_tunnels: count("--peer-tunnels", self.peer_tunnels, POD)?.map(wide),
         })
     }
 }

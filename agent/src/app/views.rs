@@ -168,6 +168,10 @@ impl Shown {
             })
             .collect();
         pods.sort_by(|a, b| a["pod"].as_str().cmp(&b["pod"].as_str()));
+        let tunnels = self.proxy.tunnel_peers();
+        let peers = tunnels.open.iter();
+        let peers = peers.map(|(peer, open)| json!({"peer": peer, "open": open}));
+        let peers: Vec<_> = peers.collect();
         json!({
             "memory_bytes": self.capacity.memory,
             "memory_bound_by": self.capacity.bound,
@@ -178,6 +182,8 @@ impl Shown {
             "node_buffered_bytes": format!(
                 "{} of {}", limits.buffered_bytes, limits.caps.node_buffers
             ),
+            "tunnels_refused": tunnels.refused,
+            "tunnels": peers,
             "caps": limits.caps,
             "pods": pods,
         })
@@ -303,6 +309,7 @@ impl Shown {
             ("pod_buffers", caps.pod_buffers),
             ("node_connections", caps.node_connections),
             ("node_buffers", caps.node_buffers),
+            ("peer_tunnels", caps.peer_tunnels),
         ];
         let samples = samples.into_iter().map(|(cap, value)| Sample {
             labels: vec![("cap", cap.into())],

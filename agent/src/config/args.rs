@@ -195,6 +195,10 @@ pub(super) struct CapArgs {
     /// memory limit, or a sixteenth of the machine's memory, and at least 8MiB.
     #[arg(long, env = "PICOMESH_NODE_BUFFERS", value_name = "SIZE")]
     pub(super) node_buffers: Option<String>,
+    /// Tunnels that one other node, or one pod that calls a pod's own address, may keep open to
+    /// this node: 1 to 1000000. Without it a quarter of --node-connections, 64 to 4096.
+    #[arg(long, env = "PICOMESH_PEER_TUNNELS", value_name = "N")]
+    pub(super) peer_tunnels: Option<u32>,
 }
 
 #[derive(Clone, Debug, Args)]

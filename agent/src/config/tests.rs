@@ -67,6 +67,7 @@ fn flags_reach_the_configuration() {
         "--pod-buffers=512KiB",
         "--node-connections=30000",
         "--node-buffers=2GiB",
+        "--peer-tunnels=77",
         "--access-log=/var/log/access",
     ])
     .unwrap();
@@ -88,6 +89,7 @@ fn flags_reach_the_configuration() {
         pod_buffers: Some(512 << 10),
         node_connections: Some(30_000),
         node_buffers: Some(2 << 30),
+        peer_tunnels: Some(77),
     };
     assert_eq!(config.caps, caps);
     assert_eq!(config.drain_deadline, Duration::from_millis(250));

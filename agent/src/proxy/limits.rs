@@ -51,6 +51,7 @@ pub struct CapSettings {
     pub pod_buffers: Option<usize>,
     pub node_connections: Option<usize>,
     pub node_buffers: Option<usize>,
+    pub peer_tunnels: Option<usize>,
 }
 
 /// What is in force.
@@ -72,6 +73,8 @@ pub struct Caps {
     /// The same of all pods.
     pub node_connections: usize,
     pub node_buffers: usize,
+    /// Tunnels that one peer, which has proven who it is, keeps open to this node.
+    pub peer_tunnels: usize,
 }
 
 impl Default for Caps {
@@ -415,6 +418,7 @@ mod tests {
             pod_buffers: 1 << 20,
             node_connections: 5,
             node_buffers: 4 << 20,
+            peer_tunnels: 5,
         };
         change(&mut caps);
         Limits::new(caps, Instant::now())

@@ -51,7 +51,7 @@ use crate::{
 pub use accept::TunnelListeners;
 pub use limits::{Bound, CapSettings, Capacity, Caps, LimitsStatus, ShareStatus};
 pub use reason::Reason;
-pub use tunnel::{TunnelStatus, hbone};
+pub use tunnel::{PeersStatus, TunnelStatus, hbone};
 
 /// The port of tunnels, of nodes and (ztunnel's way) of pods.
 pub use picomesh_common::config::TUNNEL_PORT;
@@ -330,6 +330,11 @@ impl Proxy {
     /// What is bounded, and how much of it is in use.
     pub fn limits(&self) -> LimitsStatus {
         self.shared.limits.status()
+    }
+
+    /// Tunnels that others opened to us, by who did.
+    pub fn tunnel_peers(&self) -> PeersStatus {
+        self.shared.peers.status()
     }
 
     /// Goodbye to all peers; open connections have until `deadline`, then they are reset. Accepting

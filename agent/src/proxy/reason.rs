@@ -118,6 +118,9 @@ reasons! {
     /// All pods of the node together have as many connections open as they may.
     NodeConnections = "node_connections", SERVICE_UNAVAILABLE;
 
+    /// The peer that opens the tunnel has as many open as it may.
+    PeerTunnels = "peer_tunnels", TOO_MANY_REQUESTS;
+
     // Ending badly.
     /// The client's side sent RST.
     ClientReset = "client_reset", BAD_GATEWAY;

@@ -38,7 +38,7 @@ use super::{
     reason::Reason,
     report::{Refusal, Report},
     tcp,
-    tunnel::{Admission, Pool, Port, Troubles, TunnelStatus, Tunnels, server},
+    tunnel::{Admission, Peers, Pool, Port, Troubles, TunnelStatus, Tunnels, server},
 };
 use crate::{
     access_log::AccessLog,
@@ -87,6 +87,8 @@ pub(super) struct Shared {
     pub(super) affinity: Mutex<Affinity>,
     /// A few counters per connection, shared because a pod's connections are on all threads.
     pub(super) limits: Arc<Limits>,
+    /// Locked when a tunnel that somebody opened to us begins, and when it ends.
+    pub(super) peers: Arc<Peers>,
     /// Locked once per tunnel that is opened, or is not.
     pub(super) troubles: Troubles,
 }
@@ -97,6 +99,7 @@ impl Shared {
             admission: Admission::new(now),
             affinity: Mutex::default(),
             limits: Limits::new(caps, now),
+            peers: Peers::new(caps.peer_tunnels),
             troubles: Troubles::default(),
         }
     }

@@ -55,6 +55,9 @@ const POD_CONNECTIONS: usize = 4096;
 const POD_RATE: u32 = 5000;
 const POD_PENDING: usize = 1024;
 const POD_BUFFERS: usize = 64 << 20;
+/// Tunnels of one peer: one per pair of identities and data thread, and a few more for bulk.
+const PEER_TUNNELS: usize = 4096;
+const FEWEST_TUNNELS: usize = 64;
 
 impl Capacity {
     /// Of this process, now: call it when RLIMIT_NOFILE is raised.
@@ -112,6 +115,9 @@ impl Caps {
             pod_buffers: set.pod_buffers.unwrap_or(POD_BUFFERS.min(node_buffers / 4)),
             node_connections,
             node_buffers,
+            peer_tunnels: set
+                .peer_tunnels
+                .unwrap_or((node_connections / 4).clamp(FEWEST_TUNNELS, PEER_TUNNELS)),
         }
     }
 }
@@ -294,6 +300,7 @@ mod tests {
         assert_eq!(small.pod_inbound_connections, 1365);
         assert_eq!(small.node_buffers, 64 << 20);
         assert_eq!(small.pod_buffers, 16 << 20);
+        assert_eq!(small.peer_tunnels, 1024);
         // A board of 8 GiB that limits nothing.
         let board = caps(Bound::Machine, 8192 * MIB, 1 << 20);
         assert_eq!(board.node_connections, 32_768);
@@ -307,6 +314,7 @@ mod tests {
         let none = caps(Bound::CgroupV1, MIB, 64);
         assert_eq!(none.node_connections, 256);
         assert_eq!(none.pod_connections, 42);
+        assert_eq!((none.peer_tunnels, board.peer_tunnels), (64, 4096));
     }
 
     #[test]

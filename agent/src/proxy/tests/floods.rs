@@ -46,8 +46,8 @@ fn connect() -> Vec<u8> {
     block
 }
 
-/// A tunnel whose frames are made by hand; preface and settings are sent.
-async fn tunnel(world: &World) -> TlsStream<TcpStream> {
+/// From node 1 to node 2, as `caller` to `callee`.
+async fn shake_hands(world: &World) -> TlsStream<TcpStream> {
     let (source, server) = (identity("caller"), identity("callee"));
     let config = world
         .one
@@ -58,7 +58,12 @@ async fn tunnel(world: &World) -> TlsStream<TcpStream> {
     socket.bind(at(NODE_1, 0)).unwrap();
     let tcp = socket.connect(at(NODE_2, 15008)).await.unwrap();
     let name = server_name(&server);
-    let mut tls = TlsConnector::from(config).connect(name, tcp).await.unwrap();
+    TlsConnector::from(config).connect(name, tcp).await.unwrap()
+}
+
+/// A tunnel whose frames are made by hand; preface and settings are sent.
+async fn tunnel(world: &World) -> TlsStream<TcpStream> {
+    let mut tls = shake_hands(world).await;
     tls.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
         .await
         .unwrap();
@@ -284,4 +289,42 @@ fn a_peer_that_does_not_answer_a_goodbye_is_left() {
             drop(tls);
         },
     );
+}
+
+/// A stolen agent could open one tunnel after the other, each of them well-behaved.
+#[test]
+fn a_peer_that_opens_too_many_tunnels_is_refused_until_it_closes_some() {
+    let few = |settings: &mut crate::proxy::ProxySettings| settings.caps.peer_tunnels = 2;
+    world_with(few, |world| async move {
+        world.capture_all().await;
+        echo(&world);
+        let mut held = Vec::new();
+        for _ in 0..2 {
+            let mut tls = tunnel(&world).await;
+            // Its settings: the other side has taken it.
+            let taken = timeout(Duration::from_secs(5), tls.read_u8()).await;
+            taken.expect("in time").unwrap();
+            held.push(tls);
+        }
+        // Refused when it has shown who it is, before it says anything.
+        let mut more = shake_hands(&world).await;
+        let ended = timeout(Duration::from_secs(5), more.read_u8()).await;
+        assert!(ended.expect("in time").is_err(), "a third was taken");
+        world.two.logged(&["peer_tunnels", "--peer-tunnels"]).await;
+        world
+            .two
+            .counted(&["picomesh_handshakes_total", "peer_tunnels"], 1.0)
+            .await;
+        assert_eq!(world.two.proxy.tunnel_peers().refused, 1);
+        drop(held);
+        let all_gone = async {
+            while !world.two.proxy.tunnel_peers().open.is_empty() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        timeout(Duration::from_secs(5), all_gone)
+            .await
+            .expect("closed ones give their places back");
+        honest(&world).await;
+    });
 }

@@ -174,7 +174,7 @@ impl Pending {
 }
 
 /// Whoever has one IPv6 address has its /64.
-fn block(peer: IpAddr) -> IpAddr {
+pub(super) fn block(peer: IpAddr) -> IpAddr {
     match peer.to_canonical() {
         IpAddr::V4(ip) => ip.into(),
         IpAddr::V6(ip) => Ipv6Addr::from_bits(ip.to_bits() & !u128::from(u64::MAX)).into(),

@@ -2,13 +2,14 @@
 //!
 //! [`pool`] opens them and [`server`] accepts them; [`hbone`] is what both sides must agree on,
 //! [`wire`] the TCP below TLS. [`admission`] bounds what strangers may cost before they have proven
-//! who they are, [`flood`] what peers may cost afterwards; [`trouble`] remembers which peers cannot
+//! who they are, [`flood`] and [`peers`] what peers may cost afterwards; [`trouble`] remembers which peers cannot
 //! be reached. Nothing here resolves or decides where a
 //! connection goes.
 
 mod admission;
 mod flood;
 pub mod hbone;
+mod peers;
 mod pool;
 pub(super) mod server;
 mod trouble;
@@ -26,6 +27,8 @@ use tokio::sync::Notify;
 
 pub(super) use admission::Admission;
 pub(super) use hbone::STREAM_WINDOW;
+pub(super) use peers::Peers;
+pub use peers::PeersStatus;
 pub(super) use pool::{Pool, Route};
 pub(super) use server::Port;
 pub(super) use trouble::Troubles;

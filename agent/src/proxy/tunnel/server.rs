@@ -32,6 +32,7 @@ use super::{
     TunnelStatus,
     flood::{self, Cut, Guard},
     hbone::{self, Windows},
+    peers::{Peer, Seat},
     wire::{UNSENT, Wire},
 };
 use crate::{
@@ -83,6 +84,8 @@ pub(super) struct ServerTunnel {
     /// The peer did not answer the goodbye.
     abandoned: Cell<bool>,
     waker: RefCell<Option<Waker>>,
+    /// Among its peer's tunnels.
+    _seat: Seat,
 }
 
 impl ServerTunnel {
@@ -225,13 +228,15 @@ async fn shake_hands(
         // On the heap from here: who says nothing costs little.
         let (tls, server) = Box::pin(accept_tls(thread, hello, &port)).await?;
         let client = client(&tls)?;
+        let peer = Peer::of(&thread.mesh.load(), remote.ip());
+        let seat = thread.shared.peers.enter(peer)?;
         let (guarded, cut) = Guard::server(tls, thread.settings.timing.handshake);
         let connection = Box::pin(hbone::server().handshake::<_, Bytes>(guarded))
             .await
             .map_err(|error| Refusal::new(Reason::HandshakeFailed, error.to_string()))?;
-        Ok::<_, Refusal>((connection, cut, client, server))
+        Ok::<_, Refusal>((connection, cut, client, server, seat))
     });
-    let (connection, cut, client, server) = tokio::select! {
+    let (connection, cut, client, server, seat) = tokio::select! {
         done = handshake => match done {
             Ok(done) => done?,
             Err(_) => return Err(Reason::HandshakeTimeout.into()),
@@ -258,6 +263,7 @@ async fn shake_hands(
         goodbye: Cell::new(None),
         abandoned: Cell::new(false),
         waker: RefCell::new(None),
+        _seat: seat,
     });
     Ok((connection, tunnel, cut))
 }
