@@ -22,6 +22,7 @@ pub mod identity;
 pub mod k8s;
 pub mod local;
 pub mod metrics;
+pub mod places;
 pub mod proxy;
 pub mod readiness;
 pub mod snapshot;

@@ -14,7 +14,8 @@ use std::{
 const MAY_KNOW: &[(&str, &[&str])] = &[
     ("state", &["state"]),
     ("drain", &[]),
-    ("handover", &["handover"]),
+    ("handover", &["handover", "places"]),
+    ("places", &[]),
     ("snapshot", &["snapshot"]),
     ("readiness", &[]),
     ("telemetry", &[]),

@@ -25,11 +25,14 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::Semaphore,
-    time::{sleep, timeout},
+    time::timeout,
 };
 use tracing::{debug, warn};
 
-use crate::{config::wildcard_of_both_families, drain, metrics::Metrics, readiness::Readiness};
+use crate::{
+    config::wildcard_of_both_families, drain, metrics::Metrics, places::Places,
+    readiness::Readiness,
+};
 
 /// More than scrapers and people need; the next one waits in the backlog.
 const CONNECTIONS: usize = 64;
@@ -84,34 +87,19 @@ impl Server {
 
     /// Serves until the end begins; answers that are under way are given.
     pub async fn serve(self, shown: Shown, mut drain: drain::Guard) {
-        let places = Arc::new(Semaphore::new(CONNECTIONS));
+        let places = Places::new("metrics port", CONNECTIONS);
         // One at a time: encoding is the only work here that takes milliseconds and memory.
         let encoding = Arc::new(Semaphore::new(1));
         loop {
-            let place = places.clone().acquire_owned();
-            let accepted = async {
-                // The semaphore is never closed.
-                let place = place.await.ok();
-                (place, self.listener.accept().await)
-            };
-            let (place, accepted) = tokio::select! {
-                accepted = accepted => accepted,
+            let ((stream, peer), place) = tokio::select! {
+                next = places.next(|| self.listener.accept()) => next,
                 () = drain.begun() => return,
             };
-            match accepted {
-                Ok((stream, peer)) => {
-                    let (shown, encoding, drain) = (shown.clone(), encoding.clone(), drain.clone());
-                    tokio::spawn(async move {
-                        serve_connection(stream, peer, shown, encoding, drain).await;
-                        drop(place);
-                    });
-                }
-                Err(error) => {
-                    // Out of file descriptors, most likely: that passes.
-                    warn!(%error, "a connection to the metrics port was not accepted");
-                    sleep(Duration::from_millis(100)).await;
-                }
-            }
+            let (shown, encoding, drain) = (shown.clone(), encoding.clone(), drain.clone());
+            tokio::spawn(async move {
+                serve_connection(stream, peer, shown, encoding, drain).await;
+                drop(place);
+            });
         }
     }
 }
@@ -322,7 +310,7 @@ mod tests {
             idle.push(TcpStream::connect(served.address).await.unwrap());
         }
         let late = tokio::spawn(send(served.address, "GET", "/live"));
-        sleep(Duration::from_millis(100)).await;
+        tokio::time::sleep(Duration::from_millis(100)).await;
         assert!(!late.is_finished(), "all places are taken");
         idle.pop();
         let response = timeout(HEAD, late).await.unwrap().unwrap();

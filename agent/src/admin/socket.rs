@@ -14,12 +14,11 @@ use thiserror::Error;
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::{UnixListener, UnixStream},
-    sync::Semaphore,
-    time::{sleep, timeout},
+    time::timeout,
 };
-use tracing::{debug, warn};
+use tracing::debug;
 
-use crate::drain;
+use crate::{drain, places::Places};
 
 use super::{Request, Response, SharedViews, Views};
 
@@ -93,37 +92,23 @@ impl Server {
 
     pub async fn serve(self, views: Views, mut drain: drain::Guard) {
         let views: SharedViews = Arc::new(views);
-        let places = Arc::new(Semaphore::new(CONNECTIONS));
+        let places = Places::new("admin socket", CONNECTIONS);
         loop {
-            let place = places.clone().acquire_owned();
-            let accepted = async {
-                // The semaphore is never closed.
-                let place = place.await.ok();
-                (place, self.listener.accept().await)
-            };
-            let (place, accepted) = tokio::select! {
-                accepted = accepted => accepted,
+            let ((stream, _), place) = tokio::select! {
+                next = places.next(|| self.listener.accept()) => next,
                 // To the very end: a drain is what one wants to look at.
                 () = drain.forced() => break,
             };
-            match accepted {
-                Ok((stream, _)) => {
-                    let views = views.clone();
-                    tokio::spawn(async move {
-                        let served = timeout(PATIENCE, serve_one(stream, &views)).await;
-                        match served {
-                            Ok(Ok(())) => {}
-                            Ok(Err(error)) => debug!(%error, "a caller of the admin socket broke"),
-                            Err(_) => debug!("a caller of the admin socket was too slow"),
-                        }
-                        drop(place);
-                    });
+            let views = views.clone();
+            tokio::spawn(async move {
+                let served = timeout(PATIENCE, serve_one(stream, &views)).await;
+                match served {
+                    Ok(Ok(())) => {}
+                    Ok(Err(error)) => debug!(%error, "a caller of the admin socket broke"),
+                    Err(_) => debug!("a caller of the admin socket was too slow"),
                 }
-                Err(error) => {
-                    warn!(%error, "a connection to the admin socket was not accepted");
-                    sleep(Duration::from_millis(100)).await;
-                }
-            }
+                drop(place);
+            });
         }
         // The file goes before the guard: whoever waits for the guard may end the process then.
         self.remove();
@@ -330,7 +315,7 @@ mod tests {
         let slow = guard.clone();
         let served = tokio::spawn(server.serve(views(), guard));
         let drained = tokio::spawn(drain.drain(Duration::from_millis(200)));
-        sleep(Duration::from_millis(50)).await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
         ask(dir.path(), &Request::State).await.unwrap();
         drop(slow);
         drained.await.unwrap();

@@ -22,9 +22,11 @@ use thiserror::Error;
 use tokio::{
     io::{Interest, unix::AsyncFd},
     sync::{Semaphore, watch},
-    time::{Instant, sleep, timeout_at},
+    time::{Instant, timeout_at},
 };
 use tracing::{debug, info, warn};
+
+use crate::places::Places;
 
 use super::{
     Channel, ChannelError, NAME,
@@ -151,36 +153,25 @@ impl Server {
             seat: Semaphore::new(1),
             progress,
         });
-        let places = Arc::new(Semaphore::new(CONVERSATIONS));
+        let places = Places::new("hand-over socket", CONVERSATIONS);
         let mut seen = house.progress.subscribe();
+        let accept = || async {
+            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+            let accept = |socket: &OwnedFd| Ok(accept_with(socket, flags)?);
+            let accepted = self.listener.async_io(Interest::READABLE, accept).await;
+            accepted.and_then(Channel::over)
+        };
         loop {
-            let place = places.clone().acquire_owned();
-            let accepted = async {
-                // The semaphore is never closed.
-                let place = place.await.ok();
-                let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-                let accept = |socket: &OwnedFd| Ok(accept_with(socket, flags)?);
-                let accepted = self.listener.async_io(Interest::READABLE, accept).await;
-                (place, accepted)
-            };
-            let (place, accepted) = tokio::select! {
-                accepted = accepted => accepted,
+            let (channel, place) = tokio::select! {
+                next = places.next(accept) => next,
                 // The sender is in the house.
                 _ = seen.wait_for(|progress| *progress == Progress::Taken) => return,
             };
-            match accepted.and_then(Channel::over) {
-                Ok(channel) => {
-                    let house = Arc::clone(&house);
-                    tokio::spawn(async move {
-                        house.receive(channel).await;
-                        drop(place);
-                    });
-                }
-                Err(error) => {
-                    debug!(%error, "a call to the hand-over socket was lost");
-                    sleep(Duration::from_millis(50)).await;
-                }
-            }
+            let house = Arc::clone(&house);
+            tokio::spawn(async move {
+                house.receive(channel).await;
+                drop(place);
+            });
         }
     }
 }
