@@ -14,7 +14,6 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use nix::libc;
 use picomesh_tests::{
     AgentOptions, Pod,
     client::{self, End},
@@ -309,28 +308,5 @@ fn refused(from: &Pod, to: SocketAddr) -> Result<()> {
         Ok(mut stream) => client::read_to_end(&mut stream, PATIENCE),
     })?;
     ensure!(end == End::Reset { read: 0 }, "{to}: {end:?}");
-    Ok(())
-}
-
-/// Both ends of many connections are files of this process and its children.
-fn allow_files(wanted: u64) -> Result<()> {
-    let mut limit = libc::rlimit {
-        rlim_cur: 0,
-        rlim_max: 0,
-    };
-    // SAFETY: the pointer is to a rlimit that outlives the call.
-    let got = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) };
-    ensure!(got == 0, "read the limit of open files");
-    if limit.rlim_cur >= wanted {
-        return Ok(());
-    }
-    limit.rlim_cur = wanted.min(limit.rlim_max);
-    // SAFETY: as above.
-    let set = unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) };
-    ensure!(
-        set == 0 && limit.rlim_cur >= wanted,
-        "{wanted} open files are needed, {} are allowed: raise the hard limit (ulimit -Hn)",
-        limit.rlim_max
-    );
     Ok(())
 }

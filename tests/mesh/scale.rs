@@ -8,9 +8,9 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use nix::libc;
 use picomesh_tests::{
     AgentOptions, PodSpec, World, client,
+    process::allow_files,
     server::{Habit, Server},
     wait,
 };
@@ -120,27 +120,4 @@ fn resident_below(process: &picomesh_tests::process::Process, limit: u64) -> Res
         );
         Ok(Some(()))
     })
-}
-
-/// Both ends of every connection are files of this process.
-fn allow_files(wanted: u64) -> Result<()> {
-    let mut limit = libc::rlimit {
-        rlim_cur: 0,
-        rlim_max: 0,
-    };
-    // SAFETY: the pointer is to a rlimit that outlives the call.
-    let got = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) };
-    ensure!(got == 0, "read the limit of open files");
-    if limit.rlim_cur >= wanted {
-        return Ok(());
-    }
-    limit.rlim_cur = wanted.min(limit.rlim_max);
-    // SAFETY: as above.
-    let set = unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) };
-    ensure!(
-        set == 0 && limit.rlim_cur >= wanted,
-        "{wanted} open files are needed, {} are allowed: raise the hard limit (ulimit -Hn)",
-        limit.rlim_max
-    );
-    Ok(())
 }

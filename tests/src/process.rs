@@ -14,6 +14,7 @@ use std::{
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use nix::{
     sys::{
+        resource::{Resource, getrlimit, setrlimit},
         signal::{SigSet, Signal, killpg},
         stat::Mode,
     },
@@ -278,4 +279,18 @@ fn read(path: &Path) -> String {
 
 fn display(program: &OsStr) -> String {
     program.to_string_lossy().into_owned()
+}
+
+/// Both ends of many connections are files of this process and its children.
+pub fn allow_files(wanted: u64) -> Result<()> {
+    let (soft, hard) =
+        getrlimit(Resource::RLIMIT_NOFILE).context("read the limit of open files")?;
+    if soft >= wanted {
+        return Ok(());
+    }
+    ensure!(
+        hard >= wanted,
+        "{wanted} open files are needed, {hard} are allowed: raise the hard limit (ulimit -Hn)"
+    );
+    setrlimit(Resource::RLIMIT_NOFILE, wanted, hard).context("raise the limit of open files")
 }

@@ -13,11 +13,12 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, ensure};
 use picomesh_tests::{
-    AgentOptions, Pod, client, program,
+    AgentOptions, Pod, client,
+    process::allow_files,
+    program,
     server::{Habit, Server},
 };
 
-use super::allow_files;
 use crate::ground::{Ground, PATIENCE, PORT};
 
 /// Where the crowd's server listens, in `far`.

@@ -11,11 +11,11 @@ use picomesh_tests::{
     Pod,
     agent::TUNNEL_PORT,
     client,
+    process::allow_files,
     server::{Habit, Server},
     wait,
 };
 
-use super::allow_files;
 use crate::ground::{Ground, PATIENCE, PORT};
 
 /// The head of a record that a ClientHello could begin with.

@@ -11,11 +11,12 @@ use std::{
 use anyhow::{Context, Result, anyhow, ensure};
 use picomesh_tests::{
     Agent, AgentOptions, Pod, client,
+    process::allow_files,
     server::{Habit, Server},
     wait,
 };
 
-use super::{allow_files, open};
+use super::open;
 use crate::ground::{Ground, PATIENCE, PORT};
 
 const KIB: u64 = 1;
