@@ -8,7 +8,7 @@
 //! Called by the rest of the room only. Knows neither pods nor programs.
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::{self, File, OpenOptions},
     io,
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd},
@@ -120,6 +120,27 @@ impl NetNs {
             }
         };
         Ok(netns)
+    }
+
+    /// The namespace of this inode, where its path is not known: wherever it is mounted, or by a
+    /// process in it. `None`: only somebody's open file leads there.
+    pub fn find(inode: u64, home: &Arc<Home>) -> Option<Self> {
+        let name = format!("net:[{inode}]");
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let mounted = mounts.lines().filter_map(|line| {
+            // … root, mount point …
+            let mut fields = line.split(' ').skip(3);
+            (fields.next()? == name).then(|| fields.next().map(PathBuf::from))?
+        });
+        let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+        let of_process = processes.filter_map(|process| {
+            let path = process.path().join("ns/net");
+            (fs::read_link(&path).ok()?.as_os_str() == name.as_str()).then_some(path)
+        });
+        mounted
+            .chain(of_process)
+            .filter_map(|path| Self::open(&path, home).ok())
+            .find(|found| found.inode() == inode)
     }
 
     pub fn cookie(&self) -> u64 {

@@ -26,15 +26,19 @@ use super::{
     Test,
     agent::{Agent, Dirs, desired, until},
     pods::{CLIENT, SERVER, World, addresses, dial, ping},
-    world::Netns,
+    world::{Netns, ensure_same},
 };
 
-pub(super) const TESTS: [Test; 6] = [
+pub(super) const TESTS: [Test; 7] = [
     (
         "another_layout_takes_over_in_both_directions_and_nothing_is_plain",
         layouts,
     ),
     ("lost_records_marks_and_maps_open_nothing", lost),
+    (
+        "a_pod_that_left_the_mesh_and_its_record_is_let_go",
+        unrecorded,
+    ),
     ("damage_from_outside_is_mended_and_told", damage),
     ("a_reused_slot_has_nothing_of_its_former_pod", reused),
     ("a_pod_made_again_at_once_is_a_new_pod", made_again),
@@ -139,6 +143,28 @@ fn lost() -> Result<()> {
         .with_context(|| format!("without {what}: {:?}", agent.statuses()))?;
         taken.set_read_timeout(Some(Duration::from_millis(300)))?;
         ensure!(ping(&mut taken).is_err(), "nobody carries it any more");
+    }
+    Ok(())
+}
+
+/// Nobody wants it captured any more, and nothing says where it was: what is attached there does.
+fn unrecorded() -> Result<()> {
+    for force_clsact in [false, true] {
+        let world = World::new("unrecorded")?;
+        let before = world.client.picture()?;
+        let server = world.serve("10.97.0.3:8080")?;
+        let settings = DatapathSettings {
+            force_clsact,
+            ..world.dirs.settings()
+        };
+        drop(captured(&world, settings.clone())?);
+        fs::remove_file(settings.run_dir.join("pods.json"))?;
+        let staying = desired("server", &world.server, addresses(&SERVER));
+        let agent = Agent::start(&world.node, settings, vec![staying])?;
+        agent.wait_for("server", "captured")?;
+        until(SOON, || ensure_same(&before, &world.client.picture()?))
+            .with_context(|| format!("clsact {force_clsact}"))?;
+        ping(&mut world.dial(server.at)?).with_context(|| format!("clsact {force_clsact}"))?;
     }
     Ok(())
 }

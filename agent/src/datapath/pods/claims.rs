@@ -67,9 +67,11 @@ impl Claims {
         Ok(slot)
     }
 
-    /// Slots that nobody has claimed although something is pinned for them.
-    pub(super) fn strays(&self) -> Vec<u32> {
-        self.strays.lock().keys().copied().collect()
+    /// Slots that nobody has claimed although something is pinned for them, and the inodes of their
+    /// namespaces.
+    pub(super) fn strays(&self) -> Vec<(u32, u64)> {
+        let strays = self.strays.lock();
+        strays.iter().map(|(slot, inode)| (*slot, *inode)).collect()
     }
 
     pub(super) fn forget_stray(&self, slot: u32) {
@@ -140,7 +142,7 @@ mod tests {
         let claims = claims(&dir.path().join("run"));
         assert_eq!(claims.claim(record("a", 1), 70).unwrap(), 0);
         assert_eq!(claims.claim(record("b", 2), 70).unwrap(), 2);
-        assert_eq!(claims.strays(), [1]);
+        assert_eq!(claims.strays(), [(1, 77)]);
         assert_eq!(claims.claim(record("c", 3), 77).unwrap(), 1);
         assert!(claims.strays().is_empty());
     }

@@ -142,24 +142,45 @@ pub(super) fn clean(
         .ok()
         .filter(|n| n.cookie() == record.cookie);
     if let Some(netns) = netns {
-        inside(&netns, || {
-            let config = loader.pod_config(record.slot)?;
-            let open = PodConfig::ENROLLING | PodConfig::LEAVING | PodConfig::FAIL_OPEN;
-            let active = config.flags & PodConfig::ACTIVE != 0;
-            // Pinned and not active: of another layout, or its maps were lost.
-            let captured = (active && config.flags & open == 0)
-                || (!active && loader.netns_of(record.slot)?.is_some());
-            close_unknown(loader, record.slot, marks, captured)?;
-            loader.detach(record.slot, &devices::interfaces()?)?;
-            Ok(devices::remove(&DeviceOwner {
-                alias,
-                on_record: true,
-            })?)
-        })?;
+        inside(&netns, || take_out(loader, record.slot, marks, alias))?;
     } else {
         loader.detach(record.slot, &[])?;
     }
     Ok(loader.clear_slot(record.slot)?)
+}
+
+/// What is pinned for a pod on no record, in the namespace of `inode`, and wanted by nobody: the pod
+/// left the mesh while nobody knew of it. False: the namespace cannot be entered, and without that
+/// the programs cannot be taken off there (clsact): better closed than forgotten.
+pub(super) fn take_out_stray(core: &Core, slot: u32, inode: u64) -> Result<bool, PodError> {
+    let loader = &core.loader;
+    match NetNs::find(inode, &core.home) {
+        // Whose the devices are, their alias tells; ours are the programs beside them.
+        Some(netns) => inside(&netns, || take_out(loader, slot, core.marks, String::new()))?,
+        // The links lead there, and with the last namespace everything goes.
+        None if loader.uses_tcx() || loader.netns_of(slot)?.is_none() => {
+            loader.detach(slot, &[])?;
+        }
+        None => return Ok(false),
+    }
+    loader.clear_slot(slot)?;
+    Ok(true)
+}
+
+/// Takes everything of ours out of the calling thread's namespace, at once.
+fn take_out(loader: &Loader, slot: u32, marks: Marks, alias: String) -> Result<(), PodError> {
+    let config = loader.pod_config(slot)?;
+    let open = PodConfig::ENROLLING | PodConfig::LEAVING | PodConfig::FAIL_OPEN;
+    let active = config.flags & PodConfig::ACTIVE != 0;
+    // Pinned and not active: of another layout, or its maps were lost.
+    let captured =
+        (active && config.flags & open == 0) || (!active && loader.netns_of(slot)?.is_some());
+    close_unknown(loader, slot, marks, captured)?;
+    loader.detach(slot, &devices::interfaces()?)?;
+    Ok(devices::remove(&DeviceOwner {
+        alias,
+        on_record: true,
+    })?)
 }
 
 /// Closes what is ours in the calling thread's namespace, and, if the pod `was_captured`, every

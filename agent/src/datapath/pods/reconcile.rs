@@ -127,14 +127,25 @@ impl Reconciler {
         if strays.is_empty() && !core.loader.has_former() {
             return;
         }
-        let tidied = spawn_blocking(move || -> Result<(), LoaderError> {
-            for slot in strays {
-                tracing::warn!(slot, "nobody claims what is pinned here; taking it off");
-                core.loader.detach(slot, &[])?;
-                core.loader.clear_slot(slot)?;
-                core.claims.forget_stray(slot);
+        let tidied = spawn_blocking(move || -> Result<(), PodError> {
+            for (slot, netns) in strays {
+                if leaving::take_out_stray(&core, slot, netns)? {
+                    tracing::warn!(
+                        slot,
+                        netns,
+                        "nobody claims what was pinned here; took it off"
+                    );
+                    core.claims.forget_stray(slot);
+                } else {
+                    tracing::debug!(
+                        slot,
+                        netns,
+                        "nobody claims what is pinned here, and nothing \
+                        leads to its namespace: it stays closed"
+                    );
+                }
             }
-            core.loader.forget_former()
+            Ok(core.loader.forget_former()?)
         });
         if let Ok(Err(error)) = tidied.await {
             tracing::warn!(%error, "cannot remove what an earlier agent left");
