@@ -217,6 +217,11 @@ fn in_our_place(link: &Link) -> bool {
         .any(|device| device.index == link.index || device.name == link.name)
 }
 
+/// Is it the index of mesh0 or mesh1?
+pub(super) fn is_our_index(index: u32) -> bool {
+    OURS.iter().any(|device| device.index == index)
+}
+
 /// True: both are there and ours. False: (re-)create them. Error: somebody else's are there.
 fn pair_is_ours(links: &[Link], owner: &DeviceOwner) -> Result<bool, DevicesError> {
     for link in links.iter().filter(|link| in_our_place(link)) {

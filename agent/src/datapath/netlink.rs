@@ -93,6 +93,58 @@ impl Netlink {
     }
 }
 
+/// What happened to an interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum LinkEvent {
+    /// It is new, or something about it is.
+    Changed {
+        index: u32,
+        loopback: bool,
+    },
+    Gone {
+        index: u32,
+    },
+}
+
+/// A socket that the kernel tells of every change of an interface in the calling thread's
+/// namespace. It does not block.
+pub(super) fn link_events() -> io::Result<Socket> {
+    let mut socket = Socket::new(ROUTE)?;
+    socket.bind(&SocketAddr::new(0, libc::RTMGRP_LINK as u32))?;
+    socket.set_non_blocking(true)?;
+    Ok(socket)
+}
+
+/// Reads one packet of [`link_events`].
+pub(super) fn read_link_events(socket: &Socket, each: &mut dyn FnMut(LinkEvent)) -> io::Result<()> {
+    let (packet, _) = socket.recv_from_full()?;
+    link_events_in(&packet, each);
+    Ok(())
+}
+
+fn link_events_in(packet: &[u8], each: &mut dyn FnMut(LinkEvent)) {
+    /// `struct ifinfomsg`.
+    const FIXED: usize = 16;
+    let mut rest = packet;
+    while rest.len() >= HEADER + FIXED {
+        let length = u32_at(rest, 0) as usize;
+        if length < HEADER + FIXED || length > rest.len() {
+            return;
+        }
+        let (kind, body) = (u16_at(rest, 4), &rest[HEADER..length]);
+        rest = &rest[aligned(length).min(rest.len())..];
+        let (index, flags) = (u32_at(body, 4), u32_at(body, 8));
+        match kind {
+            libc::RTM_NEWLINK => each(LinkEvent::Changed {
+                index,
+                loopback: flags & libc::IFF_LOOPBACK as u32 != 0,
+            }),
+            libc::RTM_DELLINK => each(LinkEvent::Gone { index }),
+            _ => {}
+        }
+    }
+}
+
 /// Lets `SockRef` borrow the descriptor of a socket type that implements only the raw trait.
 struct BorrowRaw<'a>(&'a Socket);
 

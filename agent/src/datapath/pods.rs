@@ -14,6 +14,7 @@ mod claims;
 mod enrolment;
 mod error;
 mod leaving;
+mod link_watch;
 mod pause;
 mod reconcile;
 mod records;
@@ -43,6 +44,7 @@ use super::{
     netns::Home,
     sockets::{PodHandle, SocketOwner},
 };
+use crate::state::PodUid;
 
 pub use pause::Paused;
 
@@ -89,6 +91,9 @@ pub struct Datapath {
     turns: Arc<Turns>,
 }
 
+/// Pods whose interfaces changed and that wait to be looked at; more of them wait in their sockets.
+const LOOKS: usize = 64;
+
 impl Datapath {
     /// Mounts nothing, needs bpffs and cgroup v2 to be there (says what is missing). Adopts what an
     /// earlier agent of the same layout left pinned: when this returns, each adopted pod has its
@@ -103,7 +108,8 @@ impl Datapath {
         events: mpsc::Sender<PodEvent>,
     ) -> anyhow::Result<Arc<Self>> {
         let home = Home::of_this_thread().context("the agent's network namespace")?;
-        let (core, adopted) = spawn_blocking(move || open(settings, home, events))
+        let (looks, to_look_at) = mpsc::channel(LOOKS);
+        let (core, adopted) = spawn_blocking(move || open(settings, home, events, looks))
             .await
             .context("start")??;
         let mut table = Table::default();
@@ -131,7 +137,7 @@ impl Datapath {
             kick: Arc::clone(&datapath.kick),
             turns: Arc::clone(&datapath.turns),
         };
-        tokio::spawn(reconciler.run(desired, announced));
+        tokio::spawn(reconciler.run(desired, announced, to_look_at));
         Ok(datapath)
     }
 
@@ -195,6 +201,7 @@ fn open(
     settings: DatapathSettings,
     home: Arc<Home>,
     events: mpsc::Sender<PodEvent>,
+    looks: mpsc::Sender<PodUid>,
 ) -> anyhow::Result<(Core, Vec<Adopted>)> {
     anyhow::ensure!(
         settings.data_threads > 0,
@@ -232,6 +239,7 @@ fn open(
         owner,
         events,
         claims,
+        looks,
     };
 
     let mut adopted = Vec::new();

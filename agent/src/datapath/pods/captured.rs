@@ -23,6 +23,7 @@ use super::{
     DatapathSettings,
     claims::Claims,
     error::PodError,
+    link_watch::LinkWatch,
     records::Marks,
 };
 use crate::state::PodUid;
@@ -36,6 +37,8 @@ pub(super) struct Core {
     pub(super) owner: SocketOwner,
     pub(super) events: mpsc::Sender<PodEvent>,
     pub(super) claims: Claims,
+    /// Pods that the loop must look at before its next turn.
+    pub(super) looks: mpsc::Sender<PodUid>,
 }
 
 /// A pod that is enrolled, or on its way out.
@@ -47,11 +50,20 @@ pub(super) struct Captured {
     /// The members that stand in `LISTENERS`, by (direction, family): a second descriptor of each,
     /// so that a repair can put them back.
     pub(super) members: Mutex<HashMap<(u32, u32), TcpListener>>,
+    /// `None`: new interfaces are found by the next full turn.
+    _links: Option<LinkWatch>,
 }
 
 impl Captured {
     pub(super) fn new(core: &Core, handle: Arc<PodHandle>, name: &str, netns_path: &Path) -> Self {
+        // Before anybody looks which interfaces there are: none may come in between.
+        let links = LinkWatch::start(&handle, core.looks.clone())
+            .inspect_err(|error| {
+                tracing::warn!(pod = name, %error, "new interfaces of this pod are found late");
+            })
+            .ok();
         let mut captured = Self {
+            _links: links,
             handle,
             name: name.into(),
             netns_path: netns_path.into(),

@@ -1,5 +1,5 @@
-//! The loop: on every change, at every turn and when kicked, see what is to be done and have it
-//! done on a few worker threads.
+//! The loop: on every change, at every turn, when kicked and when a pod gets an interface, see what
+//! is to be done and have it done on a few worker threads.
 
 use std::{
     sync::Arc,
@@ -9,7 +9,7 @@ use std::{
 use parking_lot::Mutex;
 use picomesh_common::StandingKey;
 use tokio::{
-    sync::{Notify, watch},
+    sync::{Notify, mpsc, watch},
     task::{JoinSet, spawn_blocking},
 };
 
@@ -40,7 +40,12 @@ pub(super) struct Reconciler {
 }
 
 impl Reconciler {
-    pub(super) async fn run(self, mut desired: watch::Receiver<Desired>, announced: Vec<PodEvent>) {
+    pub(super) async fn run(
+        self,
+        mut desired: watch::Receiver<Desired>,
+        announced: Vec<PodEvent>,
+        mut to_look_at: mpsc::Receiver<PodUid>,
+    ) {
         for event in announced {
             if self.core.events.send(event).await.is_err() {
                 return;
@@ -82,6 +87,7 @@ impl Reconciler {
                     table.want(&desired);
                 }
                 () = self.kick.notified() => next_full = Instant::now(),
+                Some(uid) = to_look_at.recv() => self.table.lock().look_at(&uid),
                 () = tokio::time::sleep_until(wake.into()) => {}
             }
         }

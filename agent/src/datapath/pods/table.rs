@@ -139,6 +139,15 @@ impl Table {
         }
     }
 
+    /// Something changed in the pod's namespace. One that is not captured has its own time.
+    pub(super) fn look_at(&mut self, uid: &PodUid) {
+        if let Some(entry) = self.pods.get_mut(uid)
+            && matches!(entry.stage, Stage::Captured(_))
+        {
+            entry.stale = true;
+        }
+    }
+
     /// Has every pod been tried?
     pub(super) fn is_tried(&self) -> bool {
         let mut all = self.pods.values();
