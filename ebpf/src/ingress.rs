@@ -82,7 +82,8 @@ fn open(ctx: &TcContext, slot: Slot, pod: &PodConfig, segment: &Segment, tuple: 
     if pod.flags & PodConfig::LEAVING != 0 {
         return Verdict::Pass;
     }
-    // A tunnel to the pod's own address is for us; no application listens there.
+    // A tunnel to the pod's own address is for us; no application listens there. HBONE's own port,
+    // always: where *nodes* accept tunnels is a setting, and no matter of this hook.
     let tunnel = segment.destination_port == TUNNEL_PORT.to_be_bytes();
     if rule(rule::NATURAL_REFUSAL) && !tunnel && !somebody_listens(ctx, tuple, segment.family) {
         return Verdict::PassCounted(Counter::RefusedByKernel);

@@ -18,7 +18,7 @@
 //! ```
 //!
 //! **Two phases.** Until `taken` the predecessor keeps all it has: its listeners, its sockets, the
-//! lock of the run directory (the successor's copy of the lock is the same lock). A successor that
+//! locks of both directories (the successor's copy of a lock is the same lock). A successor that
 //! dies before, after whichever message, costs nothing: its end of the connection closes, and the
 //! predecessor puts its own listeners back and goes on repairing.
 //!

@@ -11,8 +11,9 @@
 //!
 //! **Two claims to one address and port**: cluster addresses first, then node ports, load-balancer
 //! addresses, externalIPs, host ports; of Services the first by namespace and name. The loser is
-//! reported. A host port that two pods of a node claim is nobody's, like an address of two pods. An externalIP or load-balancer address that is a pod's address is not served at
-//! all: whoever may create Services could otherwise take another pod's traffic.
+//! reported. A host port that two pods of a node claim is nobody's, like an address of two pods. An
+//! externalIP or load-balancer address that is a pod's address is not served at all: whoever may
+//! create Services could otherwise take another pod's traffic.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet, hash_map::Entry},
