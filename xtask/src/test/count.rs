@@ -11,7 +11,7 @@ pub(crate) struct Count {
     pub(crate) skips: Vec<String>,
     /// Tests that said themselves that they were skipped, and that the summary to come counts as
     /// passed.
-    skipped_inside: u32,
+    pub(crate) skipped_inside: u32,
 }
 
 /// How a line begins by which a test says that it cannot run here, with its name and why. libtest
