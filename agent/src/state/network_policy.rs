@@ -11,9 +11,11 @@
 //! 3. What any rule of any of those policies allows is allowed. The rest is not.
 //!
 //! Outbound the question is about the endpoint that was picked, never about a Service's address.
-//! Rules can only allow, so a peer of whom too little is known is allowed less: who has no proven
-//! pod is matched by its address alone. Pods on the node's network have the node's address and are
-//! never selected. Only TCP is asked about: a rule for UDP or SCTP isolates and allows nothing.
+//! Rules can only allow, so a peer of whom too little is known is allowed less. By a tunnel it is
+//! the pod that its identity and node prove; plainly it is the pod that holds its address, which is
+//! all a CNI knows, too; else it is matched by its address alone. Pods on the node's network have
+//! the node's address and are never selected. Only TCP is asked about: a rule for UDP or SCTP
+//! isolates and allows nothing.
 //!
 //! Each pod holds the policies that select it, so a decision looks at no other.
 
@@ -55,7 +57,7 @@ pub enum Way {
 #[derive(Clone, Copy, Debug)]
 pub struct Peer<'a> {
     pub ip: IpAddr,
-    /// The pod that it is, as far as that is proven.
+    /// The pod that it is, as far as that is known.
     pub pod: Option<&'a Workload>,
 }
 
