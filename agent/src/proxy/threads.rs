@@ -24,7 +24,7 @@ use parking_lot::Mutex;
 use tokio::{
     net::{TcpListener, TcpStream},
     runtime::{Builder, LocalOptions},
-    sync::{Notify, mpsc, oneshot},
+    sync::{Notify, Semaphore, mpsc, oneshot},
     task::spawn_local,
 };
 
@@ -153,6 +153,8 @@ pub(super) struct Thread {
     /// Tunnels that others opened to us.
     pub(super) tunnels: Tunnels,
     pub(super) loads: Loads,
+    /// Streams that may wait for news of the client that they claim.
+    pub(super) unknown_sources: Semaphore,
     pods: RefCell<HashMap<PodUid, Rc<Pod>>>,
     /// Strangers' failures are worth a line, but not one each.
     pub(super) failure_words: Bucket,
@@ -160,6 +162,9 @@ pub(super) struct Thread {
     /// Pods of this node that were meshed a while ago, and until when that counts.
     left: RefCell<HashMap<PodUid, Instant>>,
 }
+
+/// Of one thread at a time. Honest ones come with a new pod, in the moment until we hear of it.
+const UNKNOWN_SOURCES: usize = 256;
 
 /// A captured pod, as one thread serves it.
 pub(super) struct Pod {
@@ -364,6 +369,7 @@ async fn run(
         pool: Pool::default(),
         tunnels: Tunnels::default(),
         loads: Loads::default(),
+        unknown_sources: Semaphore::new(UNKNOWN_SOURCES),
         pods: RefCell::new(HashMap::new()),
         failure_words: Bucket::new(FAILURE_WORDS, Instant::now()),
         retiring: Retiring::default(),

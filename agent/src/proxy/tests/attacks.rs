@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
+use h2::client::SendRequest;
 use http::{Method, Request, Response};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -12,7 +13,10 @@ use tokio::{
 use tokio_rustls::TlsConnector;
 
 use super::world::*;
-use crate::{identity::server_name, proxy::reason::HEADER};
+use crate::{
+    identity::server_name,
+    proxy::{ProxySettings, reason::HEADER},
+};
 
 /// A hand-made tunnel from `from` to `to` (addresses) as `source` to `server`, with one CONNECT.
 #[derive(Clone, Copy)]
@@ -28,6 +32,13 @@ pub(super) struct Attack<'a> {
 impl Attack<'_> {
     /// Status and reason of the answer; 0 if the tunnel itself was refused.
     pub(super) async fn run(&self, world: &World) -> (u16, String) {
+        let Some(mut tunnel) = self.tunnel(world).await else {
+            return (0, String::new());
+        };
+        self.ask(&mut tunnel).await
+    }
+
+    async fn tunnel(&self, world: &World) -> Option<SendRequest<Bytes>> {
         let (source, server) = (identity(self.source), identity(self.server));
         let config = world
             .one
@@ -38,16 +49,18 @@ impl Attack<'_> {
         socket.bind(at(self.from, 0)).unwrap();
         let tcp = socket.connect(at(self.to, 15008)).await.unwrap();
         let name = server_name(&server);
-        let Ok(tls) = TlsConnector::from(config).connect(name, tcp).await else {
-            return (0, String::new());
-        };
-        let (mut sender, connection) = h2::client::handshake(tls).await.unwrap();
+        let tls = TlsConnector::from(config).connect(name, tcp).await.ok()?;
+        let (sender, connection) = h2::client::handshake(tls).await.unwrap();
         tokio::spawn(connection);
+        Some(sender)
+    }
+
+    async fn ask(&self, tunnel: &mut SendRequest<Bytes>) -> (u16, String) {
         let mut request = Request::builder().method(Method::CONNECT).uri(self.target);
         if let Some(client) = self.client {
             request = request.header("forwarded", format!("for=\"{client}\""));
         }
-        let (response, mut send) = sender
+        let (response, mut send) = tunnel
             .send_request(request.body(()).unwrap(), false)
             .unwrap();
         send.send_data(Bytes::from_static(b"x"), false).unwrap();
@@ -298,6 +311,33 @@ fn only_honest_requests_are_served() {
             .two
             .counted(&["inbound_tcp_errors_total", "wrong_identity"], 2.0)
             .await;
+    });
+}
+
+/// Each may be so new that we have not heard of it, but not all of them.
+#[test]
+fn pods_that_nobody_knows_are_not_waited_for_without_bound() {
+    let patient = |settings: &mut ProxySettings| {
+        settings.timing.unknown_source = Duration::from_secs(60);
+    };
+    world_with(patient, |world| async move {
+        world.capture_all().await;
+        let nobody = Attack {
+            client: Some("10.9.1.77:4567"),
+            ..HONEST
+        };
+        let tunnel = nobody.tunnel(&world).await.unwrap();
+        let mut streams = tokio::task::JoinSet::new();
+        for _ in 0..400 {
+            let mut tunnel = tunnel.clone();
+            streams.spawn(async move { nobody.ask(&mut tunnel).await });
+        }
+        for _ in 256..400 {
+            let answer = streams.join_next().await.unwrap().unwrap();
+            assert_eq!(answer, (403, "claimed_source".to_owned()));
+        }
+        let more = tokio::time::timeout(Duration::from_millis(300), streams.join_next());
+        assert!(more.await.is_err(), "the others are waited for");
     });
 }
 

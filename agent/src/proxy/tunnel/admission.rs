@@ -7,7 +7,8 @@
 //! When a bound is reached the oldest of the largest source goes: an honest handshake takes
 //! milliseconds, so whoever has waited longest in the largest crowd is the least likely to be one.
 //! The newcomer's own source counts, so that a flood pushes out itself first. And because each one
-//! costs a signature whether it waits or not, strangers together have a bound in a second.
+//! costs a signature whether it waits or not, strangers together have a bound in a second, and so
+//! has each node: a pod outside the mesh may speak from its node's address.
 
 use std::{
     collections::HashMap,
@@ -28,6 +29,8 @@ const KEPT_FOR_NODES: usize = IN_ALL / 2;
 
 /// Handshakes that strangers begin in a second: a signature each, which is what they cost.
 const STRANGERS: Rate = Rate::new(256, 1024);
+/// And one node: after a restart a tunnel for each pair of identities on each thread.
+const NODE: Rate = Rate::new(512, 4096);
 
 /// All pending handshakes of the process.
 pub(in crate::proxy) struct Admission {
@@ -37,6 +40,8 @@ pub(in crate::proxy) struct Admission {
 
 #[derive(Default)]
 struct Pending {
+    /// Of each node that ever came.
+    rates: HashMap<IpAddr, Bucket>,
     /// Of each the handshakes, oldest first; dropping the sender ends one.
     sources: HashMap<Source, Vec<(u64, oneshot::Sender<()>)>>,
     next: u64,
@@ -68,18 +73,21 @@ impl Admission {
         })
     }
 
-    /// A place; somebody else may have to go for it. `None`: strangers come too fast.
+    /// A place; somebody else may have to go for it. `None`: they come too fast.
     pub(super) fn enter(self: &Arc<Self>, peer: IpAddr, node: bool, now: Instant) -> Option<Place> {
-        if !node && !self.strangers.take(now) {
+        let peer = peer.to_canonical();
+        let mut pending = self.pending.lock();
+        let rates = &mut pending.rates;
+        let (source, in_time) = if node {
+            let rate = rates.entry(peer).or_insert_with(|| Bucket::new(NODE, now));
+            (Source::Node(peer), rate.take(now))
+        } else {
+            (Source::Strangers(block(peer)), self.strangers.take(now))
+        };
+        if !in_time {
             return None;
         }
-        let source = if node {
-            Source::Node(peer.to_canonical())
-        } else {
-            Source::Strangers(block(peer))
-        };
         let (keep, evicted) = oneshot::channel();
-        let mut pending = self.pending.lock();
         let id = pending.next;
         pending.next += 1;
         pending.add(source, id, keep);
@@ -292,6 +300,21 @@ mod tests {
             (pending.strangers, pending.nodes, pending.sources.len()),
             (0, 0, 0)
         );
+    }
+
+    #[test]
+    fn a_node_that_comes_too_fast_is_turned_away_and_others_are_not() {
+        let now = Instant::now();
+        let admission = Admission::new(now);
+        let admitted = |at| {
+            (0..9000)
+                .filter(|_| admission.enter(v4(1), true, at).is_some())
+                .count()
+        };
+        assert_eq!(admitted(now), 4096);
+        assert!(admission.enter(v4(2), true, now).is_some());
+        assert!(admission.enter(v4(1), false, now).is_some());
+        assert_eq!(admitted(now + Duration::from_secs(1)), 512);
     }
 
     #[test]

@@ -38,6 +38,9 @@ const LONGEST_FORWARDED: usize = 256;
 /// Streams that were reset are remembered for frames still under way. A crowd of connections may
 /// end by RST at once, so there are many.
 const REMEMBERED_RESETS: usize = 4096;
+/// Streams that a peer made us reset by breaking the protocol, in a tunnel's life. An honest one
+/// does so only with frames for streams that are long forgotten.
+const FAULTS: usize = 16 * 1024;
 
 pub(super) fn client() -> h2::client::Builder {
     let mut builder = h2::client::Builder::new();
@@ -65,7 +68,7 @@ pub fn server() -> h2::server::Builder {
         .max_concurrent_streams(STREAMS)
         .max_concurrent_reset_streams(REMEMBERED_RESETS)
         .max_pending_accept_reset_streams(REMEMBERED_RESETS)
-        .max_local_error_reset_streams(None);
+        .max_local_error_reset_streams(Some(FAULTS));
     builder
 }
 

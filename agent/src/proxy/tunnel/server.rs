@@ -635,8 +635,12 @@ fn never_a_pod(ip: IpAddr) -> bool {
     ip.is_loopback() || ip.is_unspecified() || ip.is_multicast() || link_local
 }
 
-/// A pod may be so new that its node knows it before we do.
+/// A pod may be so new that its node knows it before we do. Who names such pods without end is not
+/// waited for.
 async fn news_of(thread: &Thread, ip: IpAddr) -> Arc<Mesh> {
+    let Ok(_waiting) = thread.unknown_sources.try_acquire() else {
+        return thread.mesh();
+    };
     let mut changed = thread.mesh.subscribe();
     let known = async {
         while !thread.mesh.load().by_ip.contains_key(&ip) {
