@@ -218,7 +218,11 @@ fn another_version_is_refused_and_other_peoples_kind_ignored() {
 }
 
 #[test]
-fn unknown_fields_are_passed_over_as_in_every_kind_of_kubernetes() {
-    let policy = read("podSelector: {}, ingresses: [{}]").unwrap();
-    assert_eq!(policy.ingress, Some(Vec::new()));
+fn a_misspelt_field_of_a_manifest_lets_nobody_in() {
+    let error = read("podSelector: {}, ingresses: [{}]").unwrap_err();
+    assert_eq!(
+        error,
+        "spec.ingresses: \"ingresses\" is no field here; correct its spelling or leave it out; the \
+         fields are podSelector, policyTypes, ingress, egress"
+    );
 }
