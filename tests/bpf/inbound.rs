@@ -20,8 +20,8 @@ use crate::{
     frames::{ACK, Frame, SYN, Wire, tcp_of},
     outbound::vanish,
     topology::{
-        Family, Listeners, QUIET, SLOT, SOON, Setup, Topology, accept, accept_within, active,
-        attempt, dial, dial_from, families, serve,
+        Family, Listeners, QUIET, SLOT, SOON, Setup, Topology, Unfit, accept, accept_within,
+        active, attempt, dial, dial_from, families, serve,
     },
     verdicts::{PASS, REDIRECT, run},
 };
@@ -338,7 +338,7 @@ fn request_race(setup: &Setup) -> Result<()> {
             tries -= 1;
             ensure!(
                 tries > 0,
-                "each try took longer than a SYN-ACK's repetition"
+                Unfit("each try took longer than a SYN-ACK's repetition")
             );
         }
     }

@@ -25,7 +25,7 @@ mod verdicts;
 use anyhow::Result;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
-use topology::{NoIpv6, Setup};
+use topology::{Setup, Unfit};
 
 /// A test is a name and a function of the way programs are attached.
 type Test = (&'static str, fn(&Setup) -> anyhow::Result<()>);
@@ -68,11 +68,11 @@ fn main() {
     libtest_mimic::run(&arguments, trials).exit();
 }
 
-/// A test about IPv6 says so where there is none.
+/// A test says so itself where it cannot tell anything.
 fn completion(result: Result<()>) -> Result<Completion, Failed> {
     match result {
         Ok(()) => Ok(Completion::Completed),
-        Err(error) => match error.downcast_ref::<NoIpv6>() {
+        Err(error) => match error.downcast_ref::<Unfit>() {
             Some(lack) => Ok(Completion::ignored_with(lack.to_string())),
             None => Err(Failed::from(format!("{error:#}"))),
         },

@@ -89,20 +89,20 @@ pub(crate) fn families() -> impl Iterator<Item = Family> {
         .filter(|family| family.index == V4 || requirements::ipv6())
 }
 
-/// The error by which a test says that it is about IPv6 alone; it counts as a skip.
+/// The error by which a test says what this machine lacks for it; it counts as a skip.
 #[derive(Debug)]
-pub(crate) struct NoIpv6;
+pub(crate) struct Unfit(pub(crate) &'static str);
 
-impl fmt::Display for NoIpv6 {
+impl fmt::Display for Unfit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("this kernel has no IPv6")
+        f.write_str(self.0)
     }
 }
 
-impl std::error::Error for NoIpv6 {}
+impl std::error::Error for Unfit {}
 
 pub(crate) fn needs_ipv6() -> Result<()> {
-    ensure!(requirements::ipv6(), NoIpv6);
+    ensure!(requirements::ipv6(), Unfit("this kernel has no IPv6"));
     Ok(())
 }
 

@@ -15,6 +15,7 @@ use picomesh_tests::{
     load::Load,
     requirements,
     server::{Habit, Server},
+    wait::patience,
 };
 
 use crate::ground::{Ground, PATIENCE, PORT, served};
@@ -209,7 +210,7 @@ impl Waiting {
         let name = format!("{} to {}", from.name(), to.name());
         let at = to.at(PORT);
         let thread = from.netns().spawn("waiting", move || {
-            client::exchange(at, b"patience", RETRANSMISSIONS)
+            client::exchange(at, b"patience", patience(RETRANSMISSIONS))
         })?;
         Ok(Self { name, thread })
     }
