@@ -55,38 +55,50 @@ struct Run {
     suite: &'static str,
     /// Of the kernel's command line.
     arguments: &'static str,
+    /// What the processor must not offer where it is emulated.
+    hidden: &'static str,
     what: &'static str,
 }
+
+/// qemu 7.2 leaves rubbish in EFLAGS behind an emulated `cmpxchg16b`, and Linux 6.12 dies of it in
+/// its allocator. The newest cannot do without: they allocate sockets' storage by kmalloc_nolock(),
+/// which answers null on a processor that lacks it.
+const UNSOUND: &str = "cx16";
 
 const RUNS: [Run; 5] = [
     Run {
         name: "6.1",
         suite: "bookworm",
         arguments: "",
+        hidden: "",
         what: "Debian 12's kernel, the oldest that will do",
     },
     Run {
         name: "6.12",
         suite: "trixie",
         arguments: "",
+        hidden: UNSOUND,
         what: "Debian 13's kernel",
     },
     Run {
         name: "newest",
         suite: "sid",
         arguments: "",
+        hidden: "",
         what: "the newest kernel of Debian's suites",
     },
     Run {
         name: "no-btf",
         suite: "trixie",
         arguments: "HIDE_BTF=1",
+        hidden: UNSOUND,
         what: "Debian 13's kernel with /sys/kernel/btf hidden, as a Raspberry Pi's has none",
     },
     Run {
         name: "no-ipv6",
         suite: "bookworm",
         arguments: "ipv6.disable=1",
+        hidden: "",
         what: "Debian 12's kernel with ipv6.disable=1",
     },
 ];
@@ -209,6 +221,7 @@ fn boot(
         initrd: &initrd,
         arguments: &arguments,
         accel,
+        hidden: if accel == Accel::Tcg { run.hidden } else { "" },
         console: dir.join(format!("{}.console", run.name)),
         deadline: DEADLINE,
     })?;

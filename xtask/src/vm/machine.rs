@@ -49,15 +49,6 @@ impl Accel {
             Self::Tcg => "tcg",
         }
     }
-
-    /// As capable as may be. qemu 7.2 leaves rubbish in EFLAGS when it emulates `cmpxchg16b`:
-    /// Linux 6.12, whose allocator uses it, dies of a double fault right behind one.
-    const fn processor(self) -> &'static str {
-        match self {
-            Self::Kvm => "max",
-            Self::Tcg => "max,-cx16",
-        }
-    }
 }
 
 /// A machine to boot.
@@ -67,6 +58,8 @@ pub(super) struct Plan<'a> {
     /// Appended to the kernel's command line.
     pub(super) arguments: &'a str,
     pub(super) accel: Accel,
+    /// What the processor must not offer, as qemu calls it; empty for nothing.
+    pub(super) hidden: &'a str,
     /// Where the kernel's own words go.
     pub(super) console: PathBuf,
     pub(super) deadline: Duration,
@@ -92,10 +85,14 @@ impl Machine {
         } else {
             ("qemu-system-x86_64", &[])
         };
+        let mut processor = "max".to_owned();
+        if !plan.hidden.is_empty() {
+            processor.push_str(&format!(",-{}", plan.hidden));
+        }
         let mut command = Command::new(program);
         command
             .args(dies_with_us)
-            .args(["-accel", plan.accel.name(), "-cpu", plan.accel.processor()])
+            .args(["-accel", plan.accel.name(), "-cpu", &processor])
             .args(["-smp", "2"])
             .args([
                 "-m",
