@@ -18,12 +18,14 @@ mod link_watch;
 mod pause;
 mod reconcile;
 mod records;
+mod regain;
 mod table;
 
 use std::{
     collections::HashMap,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Instant,
 };
 
 use anyhow::Context;
@@ -35,8 +37,14 @@ use tokio::{
 };
 
 use self::{
-    captured::Core, claims::Claims, enrolment::Adopted, pause::Turns, reconcile::Reconciler,
-    records::RunDir, table::Table,
+    captured::Core,
+    claims::Claims,
+    enrolment::Adopted,
+    error::PodError,
+    pause::Turns,
+    reconcile::Reconciler,
+    records::{Record, RunDir},
+    table::Table,
 };
 use super::{
     Desired, PodEvent,
@@ -109,10 +117,14 @@ impl Datapath {
     ) -> anyhow::Result<Arc<Self>> {
         let home = Home::of_this_thread().context("the agent's network namespace")?;
         let (looks, to_look_at) = mpsc::channel(LOOKS);
-        let (core, adopted) = spawn_blocking(move || open(settings, home, events, looks))
+        let (core, adopted, failed) = spawn_blocking(move || open(settings, home, events, looks))
             .await
             .context("start")??;
         let mut table = Table::default();
+        for (record, error) in failed {
+            let uid = PodUid::from(record.uid.as_str());
+            table.adopt_failed(&uid, &record.name, &error, Instant::now());
+        }
         let mut announced = Vec::new();
         for Adopted {
             captured,
@@ -202,7 +214,7 @@ fn open(
     home: Arc<Home>,
     events: mpsc::Sender<PodEvent>,
     looks: mpsc::Sender<PodUid>,
-) -> anyhow::Result<(Core, Vec<Adopted>)> {
+) -> anyhow::Result<(Core, Vec<Adopted>, Vec<(Record, PodError)>)> {
     anyhow::ensure!(
         settings.data_threads > 0,
         "data threads: 0; a connection needs at least one to serve it"
@@ -242,22 +254,20 @@ fn open(
         looks,
     };
 
-    let mut adopted = Vec::new();
-    for record in &records {
-        match enrolment::adopt(&core, record) {
+    let (mut adopted, mut failed) = (Vec::new(), Vec::new());
+    for record in records {
+        match enrolment::adopt(&core, &record) {
             Ok(Some(pod)) => adopted.push(announce(&core, pod)),
             Ok(None) => tracing::info!(pod = record.name, "gone while no agent was running"),
-            Err(error) => {
-                tracing::warn!(pod = record.name, error = error.sentence(), "cannot adopt");
-            }
+            Err(error) => failed.push((record, error)),
         }
     }
-    Ok((core, adopted))
+    Ok((core, adopted, failed))
 }
 
 /// What is pinned for pods on no record, with the inodes of their namespaces. They stay as they
 /// are, closed, until it turns out whose they are; those of namespaces that are gone are removed.
-fn strays(loader: &Loader, records: &[records::Record]) -> anyhow::Result<HashMap<u32, u64>> {
+fn strays(loader: &Loader, records: &[Record]) -> anyhow::Result<HashMap<u32, u64>> {
     let mut strays = HashMap::new();
     for slot in loader.pinned_slots()? {
         if records.iter().any(|record| record.slot == slot) {

@@ -169,6 +169,7 @@ impl Predecessor {
 
     /// We serve. The predecessor may go; what it owes by its deadline is seen to from afar.
     pub async fn taken(self) {
+        may_die_after("swap");
         let process = self.channel.peer.pid;
         if self.channel.send(&Message::Taken, &[]).await.is_err() {
             // It died, or gave up on us and is ending us: the one is fine, the other is over soon.
@@ -197,7 +198,8 @@ impl Predecessor {
     }
 }
 
-/// Names the message after which a build for tests kills itself as `kill -9` would.
+/// Names the message after which a build for tests kills itself as `kill -9` would. Beside the
+/// messages there is `swap`: our listeners stand in every pod, and nobody was told.
 #[cfg(feature = "testing")]
 pub const DIES_AFTER: &str = "PICOMESH_TEST_DIES_AFTER";
 

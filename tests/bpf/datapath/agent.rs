@@ -15,8 +15,8 @@ use std::{
 use anyhow::{Context, Result, bail};
 use parking_lot::Mutex;
 use picomesh::datapath::{
-    Datapath, DatapathSettings, Desired, DesiredPod, Generation, PodEvent, PodSockets, PodStatus,
-    Source,
+    Datapath, DatapathSettings, Desired, DesiredPod, Generation, Paused, PodEvent, PodSockets,
+    PodStatus, Source,
 };
 use picomesh_common::{PodConfig, config::rule};
 use picomesh_tests::wait::patience;
@@ -158,6 +158,18 @@ impl Agent {
 
     pub(crate) fn kick(&self) {
         self.datapath.kick();
+    }
+
+    /// Mends nothing until it goes on.
+    pub(crate) fn pause(&self) -> Result<Paused> {
+        let runtime = self.runtime.as_ref().context("it has ended")?;
+        Ok(runtime.block_on(self.datapath.pause()))
+    }
+
+    pub(crate) fn resume(&self, paused: Paused) -> Result<()> {
+        let runtime = self.runtime.as_ref().context("it has ended")?;
+        runtime.block_on(self.datapath.resume(paused));
+        Ok(())
     }
 
     pub(crate) fn status(&self, uid: &str) -> Option<PodStatus> {

@@ -46,6 +46,10 @@ pub(super) const TESTS: [Test; 7] = [
         "a_netns_that_vanishes_at_any_moment_leaves_nothing",
         vanishing,
     ),
+    (
+        "what_a_successor_did_before_it_died_is_known_to_the_agent_that_goes_on",
+        bereft,
+    ),
 ];
 
 const SOON: Duration = Duration::from_secs(10);
@@ -383,6 +387,69 @@ fn vanishing() -> Result<()> {
         ensure!(slots.len() == 2, "pins of slots {slots:?}");
         Ok(())
     })
+}
+
+/// The successor had let a pod go, given its slot to another and captured a third. Who goes on from
+/// older memory opens one of them.
+fn bereft() -> Result<()> {
+    for force_clsact in [false, true] {
+        let world = World::new("bereft")?;
+        let [leaves, comes] = ["leaves", "comes"].map(|name| Netns::new(&format!("bereft-{name}")));
+        let (leaves, comes) = (leaves?, comes?);
+        let server = world.serve("10.97.0.3:8080")?;
+        let settings = DatapathSettings {
+            force_clsact,
+            ..world.dirs.settings()
+        };
+        let staying = desired("server", &world.server, addresses(&SERVER));
+        let leaving = desired("leaves", &leaves, &["10.93.0.1"]);
+        let client = desired("client", &world.client, addresses(&CLIENT));
+        let coming = desired("comes", &comes, &["10.93.0.2"]);
+        let slot = |agent: &Agent, pod: &str| -> Result<u32> {
+            let status = agent.wait_for(pod, "captured")?;
+            status.slot.context("captured, and no slot")
+        };
+
+        let first = vec![leaving, staying.clone()];
+        let before = Agent::start(&world.node, settings.clone(), first.clone())?;
+        let left = slot(&before, "leaves")?;
+        let stayed = slot(&before, "server")?;
+        let paused = before.pause()?;
+
+        let successor = Agent::start(&world.node, settings.clone(), first)?;
+        successor.want(vec![staying.clone()]);
+        successor.wait_gone("leaves")?;
+        let last = vec![staying, client, coming];
+        successor.want(last[..2].to_vec());
+        let reused = slot(&successor, "client")?;
+        ensure!(reused == left, "control: slot {reused} instead of {left}");
+        successor.want(last.clone());
+        let new = slot(&successor, "comes")?;
+
+        without_a_plain_connection(&world, server.at, || {
+            drop(successor);
+            before.resume(paused)?;
+            // Before it hears of the pods itself.
+            thread::sleep(Duration::from_millis(500));
+            before.want(last);
+            let now = [slot(&before, "client")?, slot(&before, "server")?];
+            ensure!(now == [reused, stayed], "slots {now:?}");
+            ensure!(slot(&before, "comes")? == new);
+            before.wait_gone("leaves")
+        })
+        .with_context(|| format!("clsact {force_clsact}: {:?}", before.statuses()))?;
+        until(SOON, || {
+            let mut stream = world.dial(server.at)?;
+            ensure!(ping(&mut stream)?.port() != stream.local_addr()?.port());
+            Ok(())
+        })?;
+        drop(before);
+        // What is on record is what stands.
+        let next = Agent::start(&world.node, settings, world.pods())?;
+        ensure!([slot(&next, "client")?, slot(&next, "server")?] == [reused, stayed]);
+        next.wait_gone("comes")?;
+    }
+    Ok(())
 }
 
 fn captured(world: &World, settings: DatapathSettings) -> Result<Agent> {

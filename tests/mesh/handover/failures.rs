@@ -32,8 +32,9 @@ pub(super) fn a_successor_killed_after_each_message_costs_nothing() -> Result<()
         ..AgentOptions::default().env(DIES_AFTER, message)
     };
     testing_binary()?;
-    // Of the successor's way these are all the messages before it has taken over, from either side.
-    for message in ["hello", "offer", "ready", "commit"] {
+    // Of the successor's way these are all the messages before it has taken over, from either side,
+    // and the moment when its listeners stand in every pod.
+    for message in ["hello", "offer", "ready", "commit", "swap"] {
         let next = ground.world.start_agent_with(&node, &dying(message))?;
         let status = next.process().wait(SOON)?;
         ensure!(!status.success(), "after {message}: it ended well");

@@ -78,6 +78,32 @@ impl Claims {
         self.strays.lock().remove(&slot);
     }
 
+    /// What is on record now, after another agent wrote there.
+    pub(super) fn reload(&self) -> Vec<Record> {
+        let mut records = self.records.lock();
+        *records = self.run_dir.records().unwrap_or_else(|error| {
+            tracing::warn!(%error, "the pods on record are gone; what is attached tells of them");
+            Vec::new()
+        });
+        records.clone()
+    }
+
+    /// One of ours that was lost.
+    pub(super) fn put_back(&self, record: Record) -> Result<(), PodError> {
+        let mut records = self.records.lock();
+        records.push(record);
+        Ok(self.run_dir.save(&records)?)
+    }
+
+    pub(super) fn set_strays(&self, strays: HashMap<u32, u64>) {
+        *self.strays.lock() = strays;
+    }
+
+    pub(super) fn record(&self, uid: &PodUid) -> Option<Record> {
+        let records = self.records.lock();
+        records.iter().find(|record| record.uid == **uid).cloned()
+    }
+
     pub(super) fn free(&self, uid: &PodUid) -> Result<(), PodError> {
         let mut records = self.records.lock();
         records.retain(|record| record.uid != **uid);

@@ -18,10 +18,11 @@ use super::{
         loader::Loader,
         netns::{Home, NetNs},
     },
-    captured::{Captured, Core, inside, list_connections},
+    captured::{self, Captured, Core, inside, list_connections},
     error::PodError,
     records::{Marks, Record},
 };
+use crate::state::PodUid;
 
 /// A pod on its way out: new connections pass, ours finish, then everything goes.
 pub(super) struct Leave {
@@ -110,19 +111,34 @@ pub(super) enum DevicesAre {
     AnotherS,
 }
 
-fn release(core: &Core, captured: &Captured) {
+/// A pod that could not be captured, or not be adopted, and is wanted no more. What an agent had
+/// made for it may stand, and would keep it closed.
+pub(super) fn forget(core: &Core, uid: &PodUid) -> Result<(), PodError> {
+    let Some(record) = core.claims.record(uid) else {
+        return Ok(());
+    };
+    let alias = captured::alias(&core.settings.bpf_dir, uid);
+    clean(&core.loader, &core.home, core.marks, &record, alias)?;
+    tell_released(core, uid);
+    core.claims.free(uid)
+}
+
+pub(super) fn release(core: &Core, captured: &Captured) {
     captured.members.lock().clear();
-    let uid = Arc::clone(captured.uid());
-    if core
-        .events
-        .blocking_send(PodEvent::Released { uid })
-        .is_err()
-    {
-        tracing::debug!(
-            pod = captured.name,
-            "nobody is left to be told of a released pod"
-        );
+    tell_released(core, captured.uid());
+}
+
+fn tell_released(core: &Core, uid: &PodUid) {
+    let event = PodEvent::Released {
+        uid: Arc::clone(uid),
+    };
+    if core.events.blocking_send(event).is_err() {
+        tracing::debug!(%uid, "nobody is left to be told of a released pod");
     }
+}
+
+pub(super) fn is_leaving(config: &PodConfig) -> bool {
+    config.flags & PodConfig::LEAVING != 0
 }
 
 fn free(core: &Core, captured: &Captured) -> Result<(), PodError> {

@@ -15,11 +15,7 @@ use tokio::{
     task::spawn_blocking,
 };
 
-use super::{
-    Datapath,
-    captured::Captured,
-    table::{Stage, Table},
-};
+use super::{Datapath, regain};
 
 /// Whose turn it is: the loop's, or nobody's.
 pub(super) struct Turns {
@@ -65,17 +61,11 @@ impl Datapath {
     /// Goes on, after a successor that died. Its listeners may have stood in the place of ours, so
     /// ours come first; then everything is looked at.
     pub async fn resume(&self, paused: Paused) {
-        let (core, pods) = (Arc::clone(&self.core), captured(&self.table.lock()));
-        let put_back = spawn_blocking(move || {
-            for pod in pods {
-                if let Err(error) = pod.put_in_map(&core) {
-                    let error = error.sentence();
-                    tracing::warn!(pod = pod.name, error, "its listeners are not back yet");
-                }
-            }
-        });
-        // What could not be put back is found by the full turn.
-        let _ended = put_back.await;
+        let (core, table) = (Arc::clone(&self.core), Arc::clone(&self.table));
+        let regained = spawn_blocking(move || regain::regain(&core, &table));
+        if let Err(error) = regained.await {
+            tracing::error!(%error, "what the successor left could not be looked through");
+        }
         drop(paused);
         self.kick();
     }
@@ -83,16 +73,8 @@ impl Datapath {
     /// A successor serves. Gives up this room's copies of the listeners, so that those who accept
     /// from them can close them.
     pub fn let_go(&self) {
-        for pod in captured(&self.table.lock()) {
+        for pod in self.table.lock().captured() {
             pod.members.lock().clear();
         }
     }
-}
-
-fn captured(table: &Table) -> Vec<Arc<Captured>> {
-    let pods = table.pods.values().filter_map(|entry| match &entry.stage {
-        Stage::Captured(captured) | Stage::Leaving(captured, _) => Some(Arc::clone(captured)),
-        Stage::Pending | Stage::Failed => None,
-    });
-    pods.collect()
 }

@@ -60,6 +60,10 @@ impl Reconciler {
         let mut next_full = Instant::now();
         loop {
             let turn = self.turns.take().await;
+            // While it stood still another agent may have followed newer wishes.
+            if desired.has_changed().is_ok_and(|changed| changed) {
+                self.take_in(&mut desired);
+            }
             let now = Instant::now();
             let all = now >= next_full;
             if all {
@@ -81,16 +85,20 @@ impl Reconciler {
                         tracing::debug!("nobody says what is desired any more; all stays pinned");
                         return;
                     }
-                    let desired = Arc::clone(&desired.borrow_and_update());
-                    let mut table = self.table.lock();
-                    table.known = true;
-                    table.want(&desired);
+                    self.take_in(&mut desired);
                 }
                 () = self.kick.notified() => next_full = Instant::now(),
                 Some(uid) = to_look_at.recv() => self.table.lock().look_at(&uid),
                 () = tokio::time::sleep_until(wake.into()) => {}
             }
         }
+    }
+
+    fn take_in(&self, desired: &mut watch::Receiver<Desired>) {
+        let desired = Arc::clone(&desired.borrow_and_update());
+        let mut table = self.table.lock();
+        table.known = true;
+        table.want(&desired);
     }
 
     async fn work(&self, jobs: Vec<(PodUid, Job)>) {
@@ -215,6 +223,7 @@ impl Job {
                 })
             }
             Self::Gone(captured) => leaving::gone(core, &captured).map(|()| Outcome::Left),
+            Self::Forget(uid) => leaving::forget(core, &uid).map(|()| Outcome::Forgotten),
         }
     }
 }

@@ -25,19 +25,74 @@ pub(super) struct Table {
 }
 
 impl Table {
+    /// A pod of an agent before this one, or of one that had taken its place and died.
     pub(super) fn adopt(&mut self, captured: Arc<Captured>) {
-        self.pods.insert(
-            Arc::clone(captured.uid()),
-            Entry {
-                name: captured.name.clone(),
-                desired: None,
-                stage: Stage::Captured(captured),
-                failure: None,
-                repairs: 0,
-                mended: Vec::new(),
-                stale: true,
-            },
-        );
+        let name = captured.name.clone();
+        let entry = self.entry(captured.uid(), &name);
+        entry.stage = Stage::Captured(captured);
+        entry.failure = None;
+        entry.stale = true;
+    }
+
+    /// Captured by another agent, which may have heard of it before us: not let go at once.
+    pub(super) fn adopt_from_another(&mut self, captured: Arc<Captured>, now: Instant) {
+        let uid = Arc::clone(captured.uid());
+        self.adopt(captured);
+        if let Some(entry) = self.pods.get_mut(&uid) {
+            entry.spared_until = Some(now + SPARED);
+        }
+    }
+
+    /// On record, and could not be adopted.
+    pub(super) fn adopt_failed(
+        &mut self,
+        uid: &PodUid,
+        name: &str,
+        error: &PodError,
+        now: Instant,
+    ) {
+        let entry = self.entry(uid, name);
+        entry.stage = Stage::Failed;
+        entry.fail(error, now);
+        entry.stale = true;
+    }
+
+    /// Not captured by us any more, whatever became of it.
+    pub(super) fn forget(&mut self, uid: &PodUid) {
+        if let Some(entry) = self.pods.get_mut(uid) {
+            entry.stage = Stage::Pending;
+            entry.failure = None;
+        }
+    }
+
+    /// It is not on its way out any more.
+    pub(super) fn stay(&mut self, uid: &PodUid) {
+        if let Some(entry) = self.pods.get_mut(uid)
+            && let Stage::Leaving(captured, _) = &entry.stage
+        {
+            entry.stage = Stage::Captured(Arc::clone(captured));
+        }
+    }
+
+    pub(super) fn captured(&self) -> Vec<Arc<Captured>> {
+        let pods = self.pods.values().filter_map(|entry| match &entry.stage {
+            Stage::Captured(captured) | Stage::Leaving(captured, _) => Some(Arc::clone(captured)),
+            Stage::Pending | Stage::Failed => None,
+        });
+        pods.collect()
+    }
+
+    fn entry(&mut self, uid: &PodUid, name: &str) -> &mut Entry {
+        self.pods.entry(Arc::clone(uid)).or_insert_with(|| Entry {
+            name: name.into(),
+            desired: None,
+            stage: Stage::Pending,
+            failure: None,
+            repairs: 0,
+            mended: Vec::new(),
+            stale: false,
+            spared_until: None,
+        })
     }
 
     /// Writes down what should be. What should not be any more is found by its absence.
@@ -49,19 +104,9 @@ impl Table {
             }
         }
         for pod in desired {
-            let entry = self
-                .pods
-                .entry(Arc::clone(&pod.uid))
-                .or_insert_with(|| Entry {
-                    name: pod.name.clone(),
-                    desired: None,
-                    stage: Stage::Pending,
-                    failure: None,
-                    repairs: 0,
-                    mended: Vec::new(),
-                    stale: false,
-                });
+            let entry = self.entry(&pod.uid, &pod.name);
             entry.name.clone_from(&pod.name);
+            entry.spared_until = None;
             // A change elsewhere is no reason to look at this one.
             entry.desired = Some(match before.remove(&pod.uid) {
                 Some(same) if is_same(&same, pod) => same,
@@ -71,6 +116,11 @@ impl Table {
                 }
             });
         }
+        for uid in before.into_keys() {
+            if let Some(entry) = self.pods.get_mut(&uid) {
+                entry.stale = true;
+            }
+        }
     }
 
     /// What to do now; `all` for a full turn, else only what is new, due or leaving.
@@ -78,8 +128,7 @@ impl Table {
         let known = self.known;
         // Wanted no more, and nothing of it in the kernel.
         self.pods.retain(|_uid, entry| {
-            entry.desired.is_some()
-                || matches!(entry.stage, Stage::Captured(_) | Stage::Leaving(..))
+            entry.desired.is_some() || !matches!(entry.stage, Stage::Pending)
         });
         let mut jobs = Vec::new();
         for (uid, entry) in &mut self.pods {
@@ -91,7 +140,10 @@ impl Table {
                 (Stage::Pending | Stage::Failed, Some(pod)) => {
                     (due || entry.stale).then(|| Job::Enrol(Arc::clone(pod)))
                 }
-                (Stage::Pending | Stage::Failed, None) => None,
+                (Stage::Pending, None) => None,
+                (Stage::Failed, None) => {
+                    (known && (due || entry.stale)).then(|| Job::Forget(Arc::clone(uid)))
+                }
                 (Stage::Captured(captured) | Stage::Leaving(captured, _), pod)
                     if !captured.is_there()
                         || pod
@@ -107,7 +159,7 @@ impl Table {
                         || matches!(entry.stage, Stage::Leaving(..));
                     needed.then(|| Job::Check(Arc::clone(pod), Arc::clone(captured)))
                 }
-                (Stage::Captured(_), None) if !known => None,
+                (Stage::Captured(_), None) if !known || entry.is_spared(now) => None,
                 (Stage::Captured(captured), None) => {
                     let captured = Arc::clone(captured);
                     let leave = Arc::new(Mutex::new(None));
@@ -162,15 +214,19 @@ impl Table {
 
     /// When the loop must look again although nothing happened.
     pub(super) fn next_look(&self, now: Instant) -> Option<Instant> {
-        self.pods
-            .values()
-            .filter_map(|entry| match (&entry.stage, &entry.failure) {
-                (_, Some(failure)) => Some(failure.next_try),
-                (Stage::Pending, None) => Some(now),
-                (Stage::Leaving(..), None) => Some(now + LEAVING_LOOK),
-                (Stage::Captured(_) | Stage::Failed, None) => None,
-            })
-            .min()
+        let looks = self.pods.values();
+        looks.filter_map(|entry| self.due(entry, now)).min()
+    }
+
+    fn due(&self, entry: &Entry, now: Instant) -> Option<Instant> {
+        match (&entry.stage, &entry.failure) {
+            (Stage::Failed, Some(_)) if !self.known && entry.desired.is_none() => None,
+            (_, Some(failure)) => Some(failure.next_try),
+            (Stage::Pending, None) => Some(now),
+            (Stage::Leaving(..), None) => Some(now + LEAVING_LOOK),
+            (Stage::Captured(_), None) => entry.spared_until.filter(|until| now < *until),
+            (Stage::Failed, None) => None,
+        }
     }
 }
 
@@ -185,6 +241,8 @@ pub(super) struct Entry {
     mended: Vec<&'static str>,
     /// Something changed that a check must carry over to the kernel.
     stale: bool,
+    /// Before this nobody lets it go although it is not desired.
+    spared_until: Option<Instant>,
 }
 
 pub(super) enum Stage {
@@ -211,6 +269,8 @@ pub(super) enum Job {
     Leave(Arc<Captured>, Arc<Mutex<Option<Leave>>>),
     /// The namespace is not there any more, or is another one.
     Gone(Arc<Captured>),
+    /// Not captured and not wanted: take off what may stand of it.
+    Forget(PodUid),
 }
 
 /// What became of it.
@@ -219,6 +279,7 @@ pub(super) enum Outcome {
     Checked(Checked),
     StillLeaving,
     Left,
+    Forgotten,
 }
 
 fn is_same(before: &DesiredPod, now: &DesiredPod) -> bool {
@@ -267,7 +328,12 @@ impl Entry {
                 tracing::info!(pod = self.name, "released");
                 self.stage = Stage::Pending;
             }
+            Outcome::Forgotten => self.stage = Stage::Pending,
         }
+    }
+
+    fn is_spared(&self, now: Instant) -> bool {
+        self.spared_until.is_some_and(|until| now < until)
     }
 
     fn fail(&mut self, error: &PodError, now: Instant) {
@@ -330,6 +396,9 @@ fn is_ordinary(word: &str) -> bool {
     matches!(word, "build" | "config" | "addresses" | "listeners")
 }
 
+/// What another agent captured is not let go before the manifests were certainly read here, too.
+const SPARED: Duration = Duration::from_secs(10);
+
 const LEAVING_LOOK: Duration = Duration::from_millis(500);
 
 /// 1, 2, 4 … 60 seconds.
@@ -390,16 +459,38 @@ mod tests {
             ["a", "b"]
         );
         table.want(&[pod("a")]);
-        assert!(table.jobs(false, start).is_empty(), "nothing changed");
-        assert_eq!(
-            table.pods.len(),
-            1,
-            "what is not wanted and not there is forgotten"
+        let jobs = table.jobs(false, start);
+        let [(b, Job::Forget(_))] = &jobs[..] else {
+            panic!("{} jobs; only b changed: it is not wanted", jobs.len());
+        };
+        assert!(
+            table.jobs(false, start).is_empty() && table.pods.len() == 2,
+            "what may stand in the kernel is not forgotten before it is taken off"
         );
+        table.apply(b, Ok(Outcome::Forgotten), start);
+        assert!(table.jobs(false, start).is_empty());
+        assert_eq!(table.pods.len(), 1);
         let mut moved = pod("a");
         moved.netns = "/run/netns/elsewhere".into();
         table.want(&[moved]);
         assert_eq!(uids(&table.jobs(false, start)), ["a"]);
+    }
+
+    #[test]
+    fn what_could_not_be_adopted_waits_until_it_is_known_what_is_wanted() {
+        let mut table = Table::default();
+        let start = Instant::now();
+        let uid = PodUid::from("a");
+        table.adopt_failed(&uid, "ns/a", &PodError::NoSlot, start);
+        let later = start + Duration::from_secs(90);
+        assert!(table.jobs(true, later).is_empty());
+        assert_eq!(table.next_look(later), None, "nobody spins meanwhile");
+        table.known = true;
+        table.want(&[pod("a")]);
+        assert_eq!(uids(&table.jobs(false, start)), ["a"], "wanted: at once");
+        table.want(&[]);
+        let jobs = table.jobs(false, later);
+        assert!(matches!(&jobs[..], [(_, Job::Forget(_))]), "unwanted");
     }
 
     #[test]
