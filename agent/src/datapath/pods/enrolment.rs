@@ -76,6 +76,7 @@ pub(super) fn enrol(core: &Core, pod: &DesiredPod) -> Result<Arc<Captured>, PodE
                 | PodError::StandingFull { .. }
                 | PodError::NoSlot
                 | PodError::Records(_)
+                | PodError::Worker(_)
                 | PodError::NobodyServes => DevicesAre::Ours,
             };
             if let Err(error) = undo(core, &captured, devices) {

@@ -37,6 +37,8 @@ pub(super) enum PodError {
     NoSlot,
     #[error(transparent)]
     Records(#[from] RecordsError),
+    #[error("a worker of the datapath did not finish, which is a bug of ours: {0}")]
+    Worker(tokio::task::JoinError),
     #[error("the data threads take no events any more: the agent is ending")]
     NobodyServes,
 }
@@ -54,6 +56,7 @@ impl PodError {
             Self::StandingFull { .. } => "standing_full",
             Self::NoSlot => "no_slot",
             Self::Records(_) => "records",
+            Self::Worker(_) => "worker",
             Self::NobodyServes => "ending",
         }
     }

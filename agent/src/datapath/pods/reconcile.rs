@@ -2,6 +2,7 @@
 //! is to be done and have it done on a few worker threads.
 
 use std::{
+    collections::HashMap,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -116,22 +117,14 @@ impl Reconciler {
             Vec::new()
         };
         let standing: Arc<[StandingKey]> = standing.into();
-        let mut running = JoinSet::new();
-        let mut jobs = jobs.into_iter();
-        loop {
-            while running.len() < WORKERS
-                && !self.turns.is_asked()
-                && let Some((uid, job)) = jobs.next()
-            {
-                let (core, standing) = (Arc::clone(&self.core), Arc::clone(&standing));
-                running.spawn_blocking(move || (uid, job.run(&core, &standing)));
-            }
-            match running.join_next().await {
-                Some(Ok((uid, result))) => self.table.lock().apply(&uid, result, Instant::now()),
-                Some(Err(error)) => tracing::error!(%error, "a worker of the datapath failed"),
-                None => return,
-            }
-        }
+        let core = Arc::clone(&self.core);
+        side_by_side(
+            jobs,
+            move |job: Job| job.run(&core, &standing),
+            || self.turns.is_asked(),
+            |uid, result| self.table.lock().apply(uid, result, Instant::now()),
+        )
+        .await;
     }
 
     /// Every pod that should be captured is. What is pinned beside them is nobody's.
@@ -201,6 +194,38 @@ impl Reconciler {
     }
 }
 
+/// Does jobs on a few threads and hands over each result, until all are done or somebody wants the
+/// rest to wait. A job that panics has failed like any other: it is tried again, and not at once.
+async fn side_by_side<J: Send + 'static, T: Send + 'static>(
+    jobs: Vec<(PodUid, J)>,
+    run: impl Fn(J) -> Result<T, PodError> + Send + Sync + 'static,
+    is_enough: impl Fn() -> bool,
+    mut done: impl FnMut(&PodUid, Result<T, PodError>),
+) {
+    let run = Arc::new(run);
+    let mut running = JoinSet::new();
+    let mut whose = HashMap::new();
+    let mut jobs = jobs.into_iter();
+    loop {
+        while running.len() < WORKERS
+            && !is_enough()
+            && let Some((uid, job)) = jobs.next()
+        {
+            let run = Arc::clone(&run);
+            let task = running.spawn_blocking(move || run(job));
+            whose.insert(task.id(), uid);
+        }
+        let (task, result) = match running.join_next_with_id().await {
+            Some(Ok((task, result))) => (task, result),
+            Some(Err(error)) => (error.id(), Err(PodError::Worker(error))),
+            None => return,
+        };
+        if let Some(uid) = whose.remove(&task) {
+            done(&uid, result);
+        }
+    }
+}
+
 impl Job {
     fn run(self, core: &Core, standing: &[StandingKey]) -> Result<Outcome, PodError> {
         match self {
@@ -225,5 +250,37 @@ impl Job {
             Self::Gone(captured) => leaving::gone(core, &captured).map(|()| Outcome::Left),
             Self::Forget(uid) => leaving::forget(core, &uid).map(|()| Outcome::Forgotten),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_job_that_panics_has_failed_and_the_others_are_done() {
+        let names: Vec<String> = (0..10).map(|number| format!("pod-{number}")).collect();
+        let jobs = names.iter().map(|name| (PodUid::from(&**name), &**name));
+        let jobs = jobs.map(|(uid, name)| (uid, name.to_owned())).collect();
+        let mut results = Vec::new();
+        side_by_side(
+            jobs,
+            |name: String| {
+                assert_ne!(name, "pod-3", "as meant");
+                Ok(())
+            },
+            || false,
+            |uid, result| results.push((uid.to_string(), result.err().map(|e| e.reason()))),
+        )
+        .await;
+        results.sort_unstable();
+        let expected: Vec<_> = names
+            .into_iter()
+            .map(|name| {
+                let failed = (name == "pod-3").then_some("worker");
+                (name, failed)
+            })
+            .collect();
+        assert_eq!(results, expected);
     }
 }
