@@ -29,7 +29,7 @@ use super::{
     world::{Netns, ensure_same},
 };
 
-pub(super) const TESTS: [Test; 7] = [
+pub(super) const TESTS: [Test; 8] = [
     (
         "another_layout_takes_over_in_both_directions_and_nothing_is_plain",
         layouts,
@@ -42,6 +42,10 @@ pub(super) const TESTS: [Test; 7] = [
     ("damage_from_outside_is_mended_and_told", damage),
     ("a_reused_slot_has_nothing_of_its_former_pod", reused),
     ("a_pod_made_again_at_once_is_a_new_pod", made_again),
+    (
+        "a_netns_made_again_under_the_same_name_is_captured_soon",
+        remade,
+    ),
     (
         "a_netns_that_vanishes_at_any_moment_leaves_nothing",
         vanishing,
@@ -359,6 +363,26 @@ fn made_again() -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The same pod for whoever wrote the manifests, and another namespace, which is plain at first.
+fn remade() -> Result<()> {
+    let world = World::new("remade")?;
+    let server = world.serve("10.97.0.3:8080")?;
+    let _agent = world.agent()?;
+    // The first full turn is over, and the next is long after the test.
+    thread::sleep(Duration::from_millis(300));
+    world.client.remake()?;
+    world.server.ip(&["link", "del", "eth0"])?;
+    world.client.connect_eth0(&world.server, &CLIENT, &SERVER)?;
+    until(Duration::from_secs(6), || {
+        let mut stream = world.dial(server.at)?;
+        ensure!(
+            ping(&mut stream)?.port() != stream.local_addr()?.port(),
+            "plain"
+        );
+        Ok(())
+    })
 }
 
 fn vanishing() -> Result<()> {

@@ -214,8 +214,12 @@ impl Table {
 
     /// When the loop must look again although nothing happened.
     pub(super) fn next_look(&self, now: Instant) -> Option<Instant> {
-        let looks = self.pods.values();
-        looks.filter_map(|entry| self.due(entry, now)).min()
+        let looks = self.pods.values().flat_map(|entry| {
+            let captured = matches!(entry.stage, Stage::Captured(_));
+            let glance = captured.then_some(now + GLANCE);
+            [glance, self.due(entry, now)]
+        });
+        looks.flatten().min()
     }
 
     fn due(&self, entry: &Entry, now: Instant) -> Option<Instant> {
@@ -224,8 +228,7 @@ impl Table {
             (_, Some(failure)) => Some(failure.next_try),
             (Stage::Pending, None) => Some(now),
             (Stage::Leaving(..), None) => Some(now + LEAVING_LOOK),
-            (Stage::Captured(_), None) => entry.spared_until.filter(|until| now < *until),
-            (Stage::Failed, None) => None,
+            (Stage::Captured(_) | Stage::Failed, None) => None,
         }
     }
 }
@@ -398,6 +401,10 @@ fn is_ordinary(word: &str) -> bool {
 
 /// What another agent captured is not let go before the manifests were certainly read here, too.
 const SPARED: Duration = Duration::from_secs(10);
+
+/// Does a pod's path still lead to its namespace? One that was made again under the same name and
+/// uid is captured by this, and nobody else tells of it.
+const GLANCE: Duration = Duration::from_secs(1);
 
 const LEAVING_LOOK: Duration = Duration::from_millis(500);
 
