@@ -15,6 +15,7 @@ mod estate;
 mod keeping;
 mod place;
 mod run_dir;
+mod sockets;
 mod views;
 
 use std::{
@@ -59,6 +60,7 @@ use estate::{Estate, HeldDirs};
 use keeping::{Keeper, Known};
 use local::Netns;
 use place::{Dirs, Heritage, Place};
+use sockets::SocketNames;
 
 pub use bpf_dir::{BpfDir, BpfDirError};
 pub use run_dir::{RunDir, RunDirError};
@@ -420,9 +422,11 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
     )));
 
     // And one day we leave all this to another.
+    let sockets = SocketNames::of(dirs.run.path());
     let dirs: HeldDirs = Arc::new(Mutex::new(Some(dirs)));
     let estate = Estate {
         dirs: dirs.clone(),
+        sockets,
         metrics: Mutex::new(Some((metrics_address, metrics_socket))),
         proxy: proxy.clone(),
         datapath,

@@ -14,7 +14,7 @@ use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
 use tokio::task::AbortHandle;
 
-use super::Dirs;
+use super::{Dirs, sockets::SocketNames};
 use crate::{
     datapath::{Datapath, Paused},
     handover::{
@@ -29,6 +29,7 @@ pub(super) type HeldDirs = Arc<Mutex<Option<Dirs>>>;
 
 pub(super) struct Estate {
     pub(super) dirs: HeldDirs,
+    pub(super) sockets: SocketNames,
     /// A copy of the socket of metrics and readiness, until the successor has it.
     pub(super) metrics: Mutex<Option<(SocketAddr, OwnedFd)>>,
     pub(super) proxy: Arc<Proxy>,
@@ -64,6 +65,7 @@ impl predecessor::Estate for Estate {
     fn pause(&self) -> BoxFuture<'_, ()> {
         Box::pin(async {
             self.writes.store(false, Ordering::Release);
+            self.sockets.keep();
             let paused = self.datapath.pause().await;
             *self.paused.lock() = Some(paused);
         })
@@ -71,6 +73,7 @@ impl predecessor::Estate for Estate {
 
     fn resume(&self) -> BoxFuture<'_, ()> {
         Box::pin(async {
+            self.sockets.put_back();
             let paused = self.paused.lock().take();
             if let Some(paused) = paused {
                 self.datapath.resume(paused).await;
@@ -81,6 +84,7 @@ impl predecessor::Estate for Estate {
 
     fn leave(&self) -> BoxFuture<'_, ()> {
         Box::pin(async {
+            self.sockets.give_up();
             for task in &self.accepting {
                 task.abort();
             }

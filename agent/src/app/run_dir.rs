@@ -18,6 +18,7 @@ use std::{
 use nix::unistd::geteuid;
 use thiserror::Error;
 
+use super::sockets::kept;
 use crate::{admin, handover, snapshot};
 
 const LOCK: &str = "agent.lock";
@@ -148,6 +149,7 @@ impl RunDir {
         ] {
             // What an agent that was killed had not moved to its place yet.
             let _absent = fs::remove_file(self.path.join(format!("{name}.new")));
+            let _absent = fs::remove_file(kept(&self.path.join(name)));
             match fs::remove_file(self.path.join(name)) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                 Ok(()) | Err(_) => {}
