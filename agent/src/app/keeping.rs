@@ -30,6 +30,10 @@ use crate::{
 /// After a change its companions are waited for.
 const GATHER: Duration = Duration::from_millis(300);
 
+/// After a write that failed.
+const AGAIN: Duration = Duration::from_secs(30);
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
 /// Where the snapshot lies and what must stand on it.
 #[derive(Clone)]
 pub(super) struct Keeper {
@@ -48,7 +52,10 @@ pub(super) struct Known {
 
 impl Keeper {
     pub(super) fn new(config: &Config) -> Self {
-        let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        let boot = fs::read_to_string(BOOT_ID).unwrap_or_else(|error| {
+            warn!(file = BOOT_ID, %error, "cannot tell one boot from another: no snapshot is kept");
+            String::new()
+        });
         let origin = |source: &Path| Origin {
             boot: boot.trim().to_owned(),
             node: config.mesh.node.to_string(),
@@ -128,9 +135,13 @@ impl Keeper {
         bundle: watch::Receiver<Arc<Bundle>>,
         writes: Arc<AtomicBool>,
     ) {
+        if self.state.boot.is_empty() {
+            // It would never count.
+            return;
+        }
         let mut certificates = identities.changed();
         // What was there before we came is not trusted to be ours.
-        let (mut written, mut keys_due) = (None, true);
+        let (mut written, mut keys_due) = (None, self.in_memory);
         loop {
             sleep(GATHER).await;
             if !writes.load(Ordering::Acquire) {
@@ -138,37 +149,46 @@ impl Keeper {
                 continue;
             }
             let now = texts.borrow_and_update().clone();
+            let mut failed = false;
             if written.as_ref() != Some(&now) {
                 let state = encode_state(&now);
-                self.write(snapshot::STATE, self.state.clone(), state).await;
-                written = Some(now);
+                if self.write(snapshot::STATE, self.state.clone(), state).await {
+                    written = Some(now);
+                } else {
+                    failed = true;
+                }
             }
-            if keys_due && self.in_memory {
+            if keys_due {
                 let keys = encode_keys(&identities, &bundle.borrow());
-                self.write(snapshot::KEYS, self.keys.clone(), keys).await;
+                keys_due = !self.write(snapshot::KEYS, self.keys.clone(), keys).await;
+                failed |= keys_due;
             }
-            keys_due = false;
             tokio::select! {
                 changed = texts.changed() => if changed.is_err() {
                     // The manifests are no longer read; the keys may still change.
                     sleep(Duration::from_secs(1)).await;
                 },
                 changed = certificates.changed() => match changed {
-                    Ok(()) => keys_due = true,
+                    Ok(()) => keys_due = self.in_memory,
                     Err(_) => return,
                 },
+                () = sleep(AGAIN), if failed => {}
             }
         }
     }
 
-    async fn write(&self, name: &'static str, origin: Origin, body: Vec<u8>) {
+    /// True: it is written.
+    async fn write(&self, name: &'static str, origin: Origin, body: Vec<u8>) -> bool {
         let dir = self.dir.clone();
         let written = spawn_blocking(move || snapshot::write(&dir, name, &origin, &body)).await;
-        if let Ok(Err(error)) = written {
-            // One that is older than what is in force would be worse than none.
-            snapshot::remove(&self.dir, name);
-            warn!(%error, "no snapshot");
+        match written {
+            Ok(Ok(())) => return true,
+            Ok(Err(error)) => warn!(%error, "no snapshot"),
+            Err(error) => warn!(%error, "no snapshot"),
         }
+        // One that is older than what is in force would be worse than none.
+        snapshot::remove(&self.dir, name);
+        false
     }
 }
 
@@ -200,4 +220,65 @@ fn certificate(der: Der) -> CertificateDer<'static> {
 
 fn ignored(name: &str, error: &dyn std::fmt::Display) {
     info!(snapshot = name, %error, "a snapshot does not count and is ignored");
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::identity::{
+        self, ca::LocalCa, clock::SystemClock, manager::Settings as IdentitySettings,
+    };
+
+    use super::*;
+
+    fn keeper(dir: &Path, boot: &str) -> Keeper {
+        let origin = Origin {
+            boot: boot.into(),
+            node: "node-1".into(),
+            trust_domain: "cluster.local".into(),
+            source: "/etc/manifests".into(),
+        };
+        Keeper {
+            dir: dir.into(),
+            state: origin.clone(),
+            keys: origin,
+            in_memory: true,
+        }
+    }
+
+    /// Keeps in `dir` until the test ends.
+    fn keep(keeper: Keeper, authority: &Path) -> watch::Sender<Arc<Texts>> {
+        let (texts, seen) = watch::channel(Arc::default());
+        let life = Duration::from_secs(3600);
+        let clock = Arc::new(SystemClock);
+        let authority = LocalCa::open(authority, "cluster.local".into(), life, clock).unwrap();
+        let bundle = identity::Signer::bundle(&*authority);
+        let settings = IdentitySettings::new("cluster.local".into());
+        let (identities, _driver) = Identities::start(authority, settings).unwrap();
+        let writes = Arc::new(AtomicBool::new(true));
+        tokio::spawn(keeper.keep(seen, identities, bundle, writes));
+        texts
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_could_not_be_written_is_written_later_although_nothing_changed() {
+        let dir = tempfile::tempdir().unwrap();
+        let run_dir = dir.path().join("run");
+        let _texts = keep(keeper(&run_dir, "boot-1"), &dir.path().join("ca"));
+        sleep(2 * GATHER).await;
+        fs::create_dir(&run_dir).unwrap();
+        sleep(AGAIN + 2 * GATHER).await;
+        for name in [snapshot::STATE, snapshot::KEYS] {
+            assert!(run_dir.join(name).is_file(), "{name}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nothing_is_kept_where_nobody_knows_which_boot_this_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let run_dir = dir.path().join("run");
+        fs::create_dir(&run_dir).unwrap();
+        let _texts = keep(keeper(&run_dir, ""), &dir.path().join("ca"));
+        sleep(2 * AGAIN).await;
+        assert_eq!(fs::read_dir(&run_dir).unwrap().count(), 0);
+    }
 }

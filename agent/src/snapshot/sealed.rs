@@ -39,6 +39,8 @@ pub enum Unusable {
     },
     #[error("its checksum does not match: it is damaged")]
     Damaged,
+    #[error("the kernel does not tell which boot this is, so it may be of another")]
+    NoBoot,
     #[error("is longer than {MAX_BYTES} bytes")]
     TooLong,
 }
@@ -74,6 +76,10 @@ pub fn open<'a>(sealed: &'a [u8], wanted: &Origin) -> Result<&'a [u8], Unusable>
     }
     if sealed.len() > MAX_BYTES {
         return Err(Unusable::TooLong);
+    }
+    // Two boots of which nobody knows anything are not the same.
+    if wanted.boot.is_empty() {
+        return Err(Unusable::NoBoot);
     }
     let end = sealed
         .iter()

@@ -92,6 +92,15 @@ fn one_of_another_boot_node_domain_or_source_does_not_count() {
 }
 
 #[test]
+fn one_does_not_count_where_nobody_knows_which_boot_this_is() {
+    let unknown = Origin {
+        boot: String::new(),
+        ..origin()
+    };
+    assert_eq!(open(&seal(&unknown, BODY), &unknown), Err(Unusable::NoBoot));
+}
+
+#[test]
 fn one_that_is_cut_off_anywhere_does_not_count() {
     let sealed = seal(&origin(), BODY);
     for length in 0..sealed.len() {
