@@ -113,8 +113,20 @@ impl Directory {
         all.collect()
     }
 
-    /// `None`: nothing changed since the last time.
-    pub(super) fn read(&mut self) -> Result<Option<Snapshot>, LocalError> {
+    /// Would [`Directory::read`] find anything new? Changes nothing.
+    pub(super) fn has_news(&self) -> bool {
+        let Ok(paths) = self.manifests() else {
+            return true;
+        };
+        let count = paths.len().min(MAX_FILES);
+        let known = |path: &PathBuf| {
+            let known = self.files.get(path);
+            known.is_some_and(|known| known.fingerprint == fingerprint(&read_bounded(path)))
+        };
+        self.files.len() != count || !paths.iter().take(count).all(known)
+    }
+
+    fn manifests(&self) -> Result<BTreeSet<PathBuf>, LocalError> {
         let unreadable = |source| LocalError::Unreadable {
             dir: self.dir.clone(),
             source,
@@ -127,6 +139,12 @@ impl Directory {
                 paths.insert(path);
             }
         }
+        Ok(paths)
+    }
+
+    /// `None`: nothing changed since the last time.
+    pub(super) fn read(&mut self) -> Result<Option<Snapshot>, LocalError> {
+        let paths = self.manifests()?;
         let too_many = paths.len() > MAX_FILES;
 
         let before = self.files.len();

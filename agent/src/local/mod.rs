@@ -141,7 +141,13 @@ pub async fn run(
                 time::sleep(GATHER).await;
                 changes.borrow_and_update();
             }
-            () = time::sleep(POLL) => {}
+            () = time::sleep(POLL) => {
+                if !writer.has_news().await {
+                    continue;
+                }
+                // A file that is being written is not read half, nor empty.
+                time::sleep(GATHER).await;
+            }
         }
         if let Err(error) = writer.load().await {
             // The directory may be swapped for another this very moment: what we know stays.
@@ -194,6 +200,19 @@ struct Writer {
 }
 
 impl Writer {
+    async fn has_news(&mut self) -> bool {
+        let Some(directory) = self.directory.take() else {
+            return true;
+        };
+        let looking = tokio::task::spawn_blocking(move || (directory.has_news(), directory));
+        let (news, directory) = match looking.await {
+            Ok(done) => done,
+            Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
+        };
+        self.directory = Some(directory);
+        news
+    }
+
     /// Reads what changed; publishes if anything did.
     async fn load(&mut self) -> Result<(), LocalError> {
         let Some(mut directory) = self.directory.take() else {

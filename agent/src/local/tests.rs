@@ -621,6 +621,54 @@ async fn an_edit_is_published_without_restart_and_the_loop_ends_when_asked() {
     running.task.await.unwrap().unwrap();
 }
 
+/// A poll that came while an editor had emptied a file opened what its policies close.
+#[tokio::test(start_paused = true)]
+async fn a_poll_that_meets_a_file_half_written_waits_for_the_rest() {
+    let dir = tempfile::tempdir().unwrap();
+    let files = dir.path().join("manifests");
+    let next = dir.path().join("next");
+    let base = node("n1", &["192.168.0.1"]) + &meshed_namespace("shop", "");
+    let all = base.clone() + &pod("shop/a", "n1", &["10.1.0.1"], "");
+    for dir in [&files, &next] {
+        std::fs::create_dir(dir).unwrap();
+        std::fs::write(dir.join("mesh.yaml"), &all).unwrap();
+    }
+    let running = start(files.clone());
+    running.loaded.await.unwrap_err();
+    // From here on nobody tells of changes: the watched directory is another.
+    std::fs::rename(&files, dir.path().join("before")).unwrap();
+    std::fs::rename(&next, &files).unwrap();
+    // That itself may be told; the watcher's thread knows real time only.
+    std::thread::sleep(Duration::from_millis(100));
+    // The polls are counted from this one.
+    let more = all.clone() + &pod("shop/b", "n1", &["10.1.0.2"], "");
+    let mut versions = running.store.subscribe();
+    std::fs::write(files.join("mesh.yaml"), &more).unwrap();
+    let published = versions.wait_for(|_| running.store.load().workloads.len() == 2);
+    time::timeout(3 * POLL, published).await.unwrap().unwrap();
+    let good = running.store.load().version;
+    for half in ["", &base] {
+        time::sleep(POLL - GATHER / 4).await;
+        std::fs::write(files.join("mesh.yaml"), half).unwrap();
+        time::sleep(GATHER / 2).await;
+        std::fs::write(files.join("mesh.yaml"), &more).unwrap();
+        time::sleep(GATHER - GATHER / 4).await;
+        assert_eq!(
+            running.store.load().version,
+            good,
+            "half a file was taken for the whole: {half:?}"
+        );
+    }
+    time::sleep(2 * POLL).await;
+    assert!(running.store.load().workloads.contains_key("uid-a"));
+    // What stays is taken.
+    std::fs::write(files.join("mesh.yaml"), &base).unwrap();
+    time::sleep(2 * POLL).await;
+    assert!(!running.store.load().workloads.contains_key("uid-a"));
+    drop(running.stop);
+    running.task.await.unwrap().unwrap();
+}
+
 #[tokio::test]
 async fn what_an_agent_before_read_is_in_force_until_the_directory_can_be_read() {
     let dir = tempfile::tempdir().unwrap();
