@@ -121,6 +121,19 @@ impl Channel {
     }
 }
 
+impl Channel {
+    /// Returns when the other end is closed, at the latest by the end of its process. What it says
+    /// until then counts for nothing.
+    pub(super) async fn hung_up(&self) {
+        loop {
+            match self.receive().await {
+                Err(ChannelError::Closed | ChannelError::Io(_)) => return,
+                Ok(_) | Err(ChannelError::Malformed(_) | ChannelError::FilesLost) => {}
+            }
+        }
+    }
+}
+
 impl AsFd for Channel {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.get_ref().as_fd()

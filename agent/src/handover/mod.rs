@@ -26,7 +26,9 @@
 //! the other side is silent for too long where that matters it is killed first ([`peer`]): a
 //! process that was stopped could otherwise wake and repair too. A closed connection is no proof of
 //! death, so a side that ends the conversation alive says `refused`, and one that just closes it is
-//! waited for, then killed. After that, things are as after any `kill -9`.
+//! waited for, then killed. After that, things are as after any `kill -9`. A process that we do not
+//! see (another process namespace) cannot be killed: a predecessor then repairs nothing until the
+//! connection is closed, at the latest by the end of that process, and a successor gives up.
 //!
 //! **Versions.** A message that a side does not know is answered with `unknown` and changes
 //! nothing. Fields that it does not know are passed over.

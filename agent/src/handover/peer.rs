@@ -45,6 +45,17 @@ impl Peer {
         self.uid == 0 || self.uid == geteuid().as_raw()
     }
 
+    /// Not if it runs in a process namespace that we do not see.
+    pub(super) fn can_be_ended(&self) -> bool {
+        self.process.is_some()
+    }
+
+    /// As if it ran in a process namespace that we do not see.
+    #[cfg(test)]
+    pub(super) fn hide(&mut self) {
+        self.process = None;
+    }
+
     /// Makes sure that it does nothing any more: waits a moment for its end, then kills it. False:
     /// it cannot be seen, so it cannot be ended either.
     pub(super) async fn fence(&self) -> bool {

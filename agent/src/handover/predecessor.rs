@@ -291,7 +291,7 @@ impl House {
         info!(process, "the successor is ready; it repairs from now on");
         self.estate.pause().await;
         let heard = match channel.send(&Message::Commit, &[]).await {
-            Ok(()) => self.hear(channel, "taken", taken).await,
+            Ok(()) => self.hear_at_last(channel, "taken", taken).await,
             Err(error) => Err(ChannelError::from(error).into()),
         };
         let heard = heard.and_then(|message| {
@@ -310,10 +310,34 @@ impl House {
                 // Told at once, so that one that lives ends by itself.
                 let _gone = channel.send(&Message::refused(why.to_string()), &[]).await;
                 if !channel.peer.fence().await {
-                    warn!(process, "cannot see whether the successor has ended");
+                    warn!(
+                        process,
+                        "the successor cannot be ended from here; nothing is repaired until it \
+                         has ended"
+                    );
+                    channel.hung_up().await;
                 }
                 self.estate.resume().await;
                 Err(why)
+            }
+        }
+    }
+
+    /// From one that repairs already. It must be here in time, or the one who owes it is ended; who
+    /// cannot be ended from here may wake at any time, and is waited for.
+    async fn hear_at_last(
+        &self,
+        channel: &Channel,
+        wanted: &'static str,
+        patience: Duration,
+    ) -> Result<Message, NoSuccessor> {
+        loop {
+            match self.hear(channel, wanted, patience).await {
+                Err(why @ NoSuccessor::Silent { .. }) if !channel.peer.can_be_ended() => warn!(
+                    %why,
+                    "the successor cannot be ended from here; end it: nothing is repaired meanwhile"
+                ),
+                heard => return heard,
             }
         }
     }
@@ -394,5 +418,112 @@ fn out_of_turn(said: &Message, wanted: &'static str) -> NoSuccessor {
             said: said.name(),
             wanted,
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use parking_lot::Mutex;
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Said(Mutex<Vec<&'static str>>);
+
+    impl Said {
+        fn note(&self, word: &'static str) -> BoxFuture<'_, ()> {
+            self.0.lock().push(word);
+            Box::pin(async {})
+        }
+    }
+
+    impl Estate for Said {
+        fn files(&self) -> io::Result<Vec<(What, OwnedFd)>> {
+            Ok(Vec::new())
+        }
+
+        fn pause(&self) -> BoxFuture<'_, ()> {
+            self.note("pause")
+        }
+
+        fn resume(&self) -> BoxFuture<'_, ()> {
+            self.note("resume")
+        }
+
+        fn leave(&self) -> BoxFuture<'_, ()> {
+            self.note("leave")
+        }
+    }
+
+    const TAKEN: Duration = Duration::from_millis(50);
+
+    /// A successor of another process namespace that has been told `commit`, what became of the
+    /// estate, and the conversation.
+    async fn committed() -> (
+        Channel,
+        Arc<Said>,
+        tokio::task::JoinHandle<Result<(), NoSuccessor>>,
+    ) {
+        let (ours, theirs) = Socket::pair(Domain::UNIX, packets(), None).unwrap();
+        let theirs = Channel::over(theirs.into()).unwrap();
+        let mut ours = Channel::over(ours.into()).unwrap();
+        ours.peer.hide();
+        let said = Arc::new(Said::default());
+        let house = House {
+            terms: Terms {
+                version: "0.1.0".into(),
+                node: "node-1".into(),
+                layout: 3,
+                drain: Duration::from_secs(1),
+                patience: Patience {
+                    taken: TAKEN,
+                    ..Patience::default()
+                },
+            },
+            estate: said.clone(),
+            seat: Semaphore::new(1),
+            progress: watch::Sender::new(Progress::Alone),
+        };
+        let conversation = tokio::spawn(async move { house.converse(&ours).await });
+        let hello = Message::Hello(Hello {
+            protocol: PROTOCOL,
+            version: "0.2.0".into(),
+            node: "node-1".into(),
+            layout: 3,
+        });
+        for word in [hello, Message::Ready] {
+            theirs.send(&word, &[]).await.unwrap();
+            theirs.receive().await.unwrap();
+        }
+        sleep(4 * TAKEN).await;
+        assert_eq!(*said.0.lock(), ["pause"], "it may wake and repair, too");
+        (theirs, said, conversation)
+    }
+
+    #[tokio::test]
+    async fn one_that_cannot_be_ended_is_waited_for_until_it_hangs_up() {
+        let (successor, said, conversation) = committed().await;
+        drop(successor);
+        assert!(conversation.await.unwrap().is_err());
+        assert_eq!(*said.0.lock(), ["pause", "resume"]);
+    }
+
+    #[tokio::test]
+    async fn one_that_cannot_be_ended_may_take_over_late() {
+        let (successor, said, conversation) = committed().await;
+        successor.send(&Message::Taken, &[]).await.unwrap();
+        conversation.await.unwrap().unwrap();
+        assert_eq!(*said.0.lock(), ["pause", "leave"]);
+    }
+
+    #[tokio::test]
+    async fn one_that_talks_nonsense_and_cannot_be_ended_is_waited_for() {
+        let (successor, said, conversation) = committed().await;
+        successor.send(&Message::Commit, &[]).await.unwrap();
+        sleep(4 * TAKEN).await;
+        assert_eq!(*said.0.lock(), ["pause"]);
+        drop(successor);
+        assert!(conversation.await.unwrap().is_err());
+        assert_eq!(*said.0.lock(), ["pause", "resume"]);
     }
 }
