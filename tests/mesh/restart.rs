@@ -87,9 +87,9 @@ fn load(to: SocketAddr, times: &Times, stop: &AtomicBool) -> Load {
     while !stop.load(Ordering::Relaxed) {
         let dialled = times.now();
         let answer = client::exchange(to, MARKER, PATIENCE);
-        let quiet = dialled % 2 == 0 && times.now() == dialled;
+        let quiet = dialled.is_multiple_of(2) && times.now() == dialled;
         match answer {
-            Ok(answer) if answer == MARKER => load.carried += u64::from(dialled % 2 == 0),
+            Ok(answer) if answer == MARKER => load.carried += u64::from(dialled.is_multiple_of(2)),
             Ok(answer) if quiet => load.failures.push(format!(
                 "{to}: {} of {} bytes came back",
                 answer.len(),

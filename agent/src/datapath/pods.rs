@@ -207,6 +207,9 @@ impl Datapath {
     }
 }
 
+/// A pod that was captured, and cannot be served.
+type NotAdopted = (Record, PodError);
+
 /// Opens everything and adopts what is pinned: listeners into the programs that are there, before
 /// anything that takes time.
 fn open(
@@ -214,7 +217,7 @@ fn open(
     home: Arc<Home>,
     events: mpsc::Sender<PodEvent>,
     looks: mpsc::Sender<PodUid>,
-) -> anyhow::Result<(Core, Vec<Adopted>, Vec<(Record, PodError)>)> {
+) -> anyhow::Result<(Core, Vec<Adopted>, Vec<NotAdopted>)> {
     anyhow::ensure!(
         settings.data_threads > 0,
         "data threads: 0; a connection needs at least one to serve it"

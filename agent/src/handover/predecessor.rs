@@ -424,6 +424,7 @@ fn out_of_turn(said: &Message, wanted: &'static str) -> NoSuccessor {
 #[cfg(test)]
 mod tests {
     use parking_lot::Mutex;
+    use tokio::time::sleep;
 
     use super::*;
 
@@ -438,7 +439,7 @@ mod tests {
     }
 
     impl Estate for Said {
-        fn files(&self) -> io::Result<Vec<(What, OwnedFd)>> {
+        fn files(&self, _protocol: u16) -> io::Result<Vec<(What, OwnedFd)>> {
             Ok(Vec::new())
         }
 

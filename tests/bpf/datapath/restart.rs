@@ -29,7 +29,7 @@ use super::{
     world::{Netns, ensure_same},
 };
 
-pub(super) const TESTS: [Test; 8] = [
+pub(super) const TESTS: [Test; 9] = [
     (
         "another_layout_takes_over_in_both_directions_and_nothing_is_plain",
         layouts,
