@@ -110,7 +110,8 @@ impl Server {
         let listener = netns.run(move || TcpListener::bind(at))??;
         thread::spawn(move || {
             for stream in listener.incoming() {
-                let Ok(stream) = stream else { return };
+                // A connection that was closed in the queue is an error of accept().
+                let Ok(stream) = stream else { continue };
                 thread::spawn(move || answer(stream));
             }
         });

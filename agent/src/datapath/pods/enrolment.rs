@@ -22,7 +22,7 @@ use super::{
     },
     captured::{Captured, Core, inside, list_connections},
     error::PodError,
-    leaving::{DevicesAre, close_unknown, undo},
+    leaving::{self, DevicesAre, close, undo},
     records::Record,
 };
 use crate::state::PodUid;
@@ -175,6 +175,14 @@ pub(super) fn check(
         }
         core.loader.set_pod_config(slot, &wanted)?;
     }
+    // Before programs that serve are attached: what comes after them is ours by right.
+    let unknown = if lost {
+        inside(netns, || {
+            leaving::unknown(&core.loader, slot, core.marks, true)
+        })?
+    } else {
+        HashSet::new()
+    };
     // An agent that died while enrolling, or a pod that was on its way out, has connections that
     // nobody wrote down.
     let unlisted =
@@ -204,9 +212,7 @@ pub(super) fn check(
     }
 
     if lost {
-        let closed = inside(netns, || {
-            close_unknown(&core.loader, slot, core.marks, true)
-        })?;
+        let closed = inside(netns, || Ok(close(unknown.iter())))?;
         tracing::warn!(
             pod = captured.name,
             closed,

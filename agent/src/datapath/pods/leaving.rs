@@ -191,7 +191,7 @@ fn take_out(loader: &Loader, slot: u32, marks: Marks, alias: String) -> Result<(
     // Pinned and not active: of another layout, or its maps were lost.
     let captured =
         (active && config.flags & open == 0) || (!active && loader.netns_of(slot)?.is_some());
-    close_unknown(loader, slot, marks, captured)?;
+    close(unknown(loader, slot, marks, captured)?.iter());
     loader.detach(slot, &devices::interfaces()?)?;
     Ok(devices::remove(&DeviceOwner {
         alias,
@@ -199,27 +199,24 @@ fn take_out(loader: &Loader, slot: u32, marks: Marks, alias: String) -> Result<(
     })?)
 }
 
-/// Closes what is ours in the calling thread's namespace, and, if the pod `was_captured`, every
-/// connection of the application that is not known to be plain by right. How many were closed.
-pub(super) fn close_unknown(
+/// What is ours in the calling thread's namespace, and, if the pod `was_captured`, every
+/// connection of the application that is not known to be plain by right.
+pub(super) fn unknown(
     loader: &Loader,
     slot: u32,
     marks: Marks,
     was_captured: bool,
-) -> Result<usize, PodError> {
+) -> Result<HashSet<(SocketAddr, SocketAddr)>, PodError> {
     let connections = diag::connections(marks.ours).map_err(|source| PodError::Sockets {
         doing: "listing sockets",
         source,
     })?;
     let known = Known::of(loader, slot, loader.pod_config(slot)?)?;
-    Ok(close(
-        connections
-            .apps
-            .iter()
-            .filter(|pair| was_captured && !known.is_plain(pair))
-            .chain(&connections.taken)
-            .chain(&connections.ours),
-    ))
+    let mut unknown = connections.apps;
+    unknown.retain(|pair| was_captured && !known.is_plain(pair));
+    unknown.extend(connections.taken);
+    unknown.extend(connections.ours);
+    Ok(unknown)
 }
 
 /// Connections of an application that are plain by right.
@@ -276,7 +273,7 @@ fn is_link_local(ip: IpAddr) -> bool {
 
 /// Closing needs a kernel with CONFIG_INET_DIAG_DESTROY. Without it the far end's stack resets
 /// the connection at its next packet.
-fn close<'a>(connections: impl Iterator<Item = &'a (SocketAddr, SocketAddr)>) -> usize {
+pub(super) fn close<'a>(connections: impl Iterator<Item = &'a (SocketAddr, SocketAddr)>) -> usize {
     match diag::destroy(connections) {
         Ok(0) => 0,
         Ok(closed) => {
