@@ -32,9 +32,7 @@ pub(super) fn a_successor_killed_after_each_message_costs_nothing() -> Result<()
         ..AgentOptions::default().env(DIES_AFTER, message)
     };
     testing_binary()?;
-    // Of the successor's way these are all the messages before it has taken over, from either side,
-    // and the moment when its listeners stand in every pod.
-    for message in ["hello", "offer", "ready", "commit", "swap"] {
+    let died_after = |ground: &Ground, message: &str| -> Result<()> {
         let next = ground.world.start_agent_with(&node, &dying(message))?;
         let status = next.process().wait(SOON)?;
         ensure!(!status.success(), "after {message}: it ended well");
@@ -47,6 +45,11 @@ pub(super) fn a_successor_killed_after_each_message_costs_nothing() -> Result<()
         for pod in [&ground.near, &ground.beside] {
             before.wait_captured(pod, SOON)?;
         }
+        Ok(())
+    };
+    // Of the successor's way these are all the messages before it has taken over, from either side.
+    for message in ["hello", "offer", "ready", "commit"] {
+        died_after(&ground, message)?;
     }
     let fared = crowd.stop()?;
     ensure!(
@@ -56,6 +59,12 @@ pub(super) fn a_successor_killed_after_each_message_costs_nothing() -> Result<()
         fared.failures.join("; "),
         ground.logs()
     );
+    // Where its listeners stand in every pod already, what it has accepted dies with it; nothing
+    // else does.
+    died_after(&ground, "swap")?;
+    for target in targets {
+        ensure!(served(&ground.near, target), "{target} is not served");
+    }
     talk.stop_unharmed().context("a long conversation")?;
 
     // After the last one it is the agent, and its death is any agent's: the next adopts.
