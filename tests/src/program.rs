@@ -19,7 +19,7 @@ pub fn nginx(world: &World, pod: &Pod, port: u16) -> Result<Process> {
     // `user root`: the files lie where only root may look.
     let config = format!(
         "daemon off;\nuser root;\nworker_processes 1;\npid {at}/nginx.pid;\nerror_log {at}/error.log;\n\
-         events {{ worker_connections 8192; }}\n\
+         events {{ worker_connections 16384; }}\n\
          http {{\n  access_log off;\n  keepalive_requests 1000000000;\n  keepalive_timeout 600;\n\
          \x20 client_body_temp_path {at}/b; proxy_temp_path {at}/p; fastcgi_temp_path {at}/f;\n\
          \x20 uwsgi_temp_path {at}/u; scgi_temp_path {at}/s;\n\
