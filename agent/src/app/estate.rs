@@ -89,6 +89,12 @@ impl predecessor::Estate for Estate {
                 task.abort();
             }
             self.metrics.lock().take();
+            // This value ends with the conversation. The loop would go on, miss the listeners that
+            // are given up here, and put new ones in the place of the successor's.
+            let paused = self.paused.lock().take();
+            if let Some(paused) = paused {
+                paused.for_good();
+            }
             self.proxy.retire().await;
             self.datapath.let_go();
             self.dirs.lock().take();

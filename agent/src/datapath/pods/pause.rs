@@ -26,7 +26,16 @@ pub(super) struct Turns {
 
 /// The loop stands still while this is held.
 pub struct Paused {
-    _turn: Option<OwnedSemaphorePermit>,
+    turn: Option<OwnedSemaphorePermit>,
+}
+
+impl Paused {
+    /// The loop has had its last turn, whatever becomes of who held it.
+    pub fn for_good(self) {
+        if let Some(turn) = self.turn {
+            turn.forget();
+        }
+    }
 }
 
 impl Turns {
@@ -55,7 +64,7 @@ impl Datapath {
         self.turns.asked.store(true, Ordering::Relaxed);
         let turn = self.turns.take().await;
         self.turns.asked.store(false, Ordering::Relaxed);
-        Paused { _turn: turn }
+        Paused { turn }
     }
 
     /// Goes on, after a successor that died. Its listeners may have stood in the place of ours, so
