@@ -9,7 +9,7 @@
 //! 4. [`datapath`] tells the kernel: programs, devices, listeners, sockets in pods.
 //! 5. [`proxy`] lives a connection's story.
 //! 6. [`metrics`], [`access_log`], [`admin`] show what happened.
-//! 7. [`handover`] leaves all that to the next agent.
+//! 7. [`handover`] leaves all that to the next agent, in [`packets`].
 pub mod access_log;
 pub mod admin;
 pub mod allocator;
@@ -22,6 +22,7 @@ pub mod identity;
 pub mod k8s;
 pub mod local;
 pub mod metrics;
+pub mod packets;
 pub mod places;
 pub mod proxy;
 pub mod readiness;

@@ -14,7 +14,8 @@ use std::{
 const MAY_KNOW: &[(&str, &[&str])] = &[
     ("state", &["state"]),
     ("drain", &[]),
-    ("handover", &["handover", "places"]),
+    ("packets", &["packets"]),
+    ("handover", &["handover", "packets", "places"]),
     ("places", &[]),
     ("snapshot", &["snapshot"]),
     ("readiness", &[]),
@@ -48,7 +49,7 @@ const ONLY_IN: &[(&str, &[&str])] = &[
     ("rcgen::", &["identity", "testing"]),
     ("h2::", &["proxy"]),
     ("prometheus::", &["metrics"]),
-    ("unsafe {", &["datapath", "proxy", "allocator", "handover"]),
+    ("unsafe {", &["datapath", "proxy", "allocator", "packets"]),
 ];
 
 /// What `state` must not have: no async, no IO, no clock. The store publishes, and may wake.

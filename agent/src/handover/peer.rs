@@ -16,7 +16,7 @@ use nix::{
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::{io::Interest, time::timeout};
 
-use super::channel::watched;
+use crate::packets::watched;
 
 /// A process that is ending has this long to be gone by itself.
 const LAST_STEPS: Duration = Duration::from_secs(2);

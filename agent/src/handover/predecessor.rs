@@ -5,32 +5,26 @@
 //! among a few for a few seconds, and nothing else.
 
 use std::{
-    fs, io,
-    os::{
-        fd::{AsFd, OwnedFd},
-        unix::fs::PermissionsExt,
-    },
+    io,
+    os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
 use futures_util::future::BoxFuture;
-use rustix::net::{SocketFlags, accept_with};
-use socket2::{Domain, SockAddr, Socket};
 use thiserror::Error;
 use tokio::{
-    io::{Interest, unix::AsyncFd},
     sync::{Semaphore, watch},
     time::{Instant, timeout_at},
 };
 use tracing::{debug, info, warn};
 
-use crate::places::Places;
+use crate::{packets::Listener, places::Places};
 
 use super::{
     Channel, ChannelError, NAME,
-    channel::{Received, packets, watched},
+    channel::Received,
     message::{Hello, Malformed, Message, OLDEST_PROTOCOL, Offer, PROTOCOL, What},
 };
 
@@ -103,8 +97,7 @@ pub enum BindError {
 
 /// Bound and not yet served.
 pub struct Server {
-    listener: AsyncFd<OwnedFd>,
-    path: PathBuf,
+    listener: Listener,
 }
 
 impl Server {
@@ -112,21 +105,8 @@ impl Server {
     /// directory's lock may do this, or the successor of one that has said `commit`.
     pub fn beside(run_dir: &Path) -> Result<Self, BindError> {
         let path = run_dir.join(NAME);
-        let bound = (|| {
-            let new = beside(&path);
-            match fs::remove_file(&new) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                Ok(()) | Err(_) => {}
-            }
-            let socket = Socket::new(Domain::UNIX, packets(), None)?;
-            socket.bind(&SockAddr::unix(&new)?)?;
-            // Nobody else gets so far before this is done: the directory is 0700.
-            fs::set_permissions(&new, fs::Permissions::from_mode(0o600))?;
-            socket.listen(BACKLOG)?;
-            watched(socket.into(), Interest::READABLE)
-        })();
-        match bound {
-            Ok(listener) => Ok(Self { listener, path }),
+        match Listener::beside(path.clone(), BACKLOG) {
+            Ok(listener) => Ok(Self { listener }),
             Err(source) => Err(BindError::Socket { path, source }),
         }
     }
@@ -134,8 +114,8 @@ impl Server {
     /// Takes the place, and that of whatever socket is there, in one step: whoever calls meets the
     /// one or the other. The file stays when the agent ends, and is found dead by the next.
     pub fn move_in(&self) -> Result<(), BindError> {
-        fs::rename(beside(&self.path), &self.path).map_err(|source| BindError::Socket {
-            path: self.path.clone(),
+        self.listener.move_in().map_err(|source| BindError::Socket {
+            path: self.listener.path().to_owned(),
             source,
         })
     }
@@ -155,12 +135,7 @@ impl Server {
         });
         let places = Places::new("hand-over socket", CONVERSATIONS);
         let mut seen = house.progress.subscribe();
-        let accept = || async {
-            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-            let accept = |socket: &OwnedFd| Ok(accept_with(socket, flags)?);
-            let accepted = self.listener.async_io(Interest::READABLE, accept).await;
-            accepted.and_then(Channel::over)
-        };
+        let accept = || async { self.listener.accept().await.and_then(Channel::over) };
         loop {
             let (channel, place) = tokio::select! {
                 next = places.next(accept) => next,
@@ -174,11 +149,6 @@ impl Server {
             });
         }
     }
-}
-
-/// Where a socket waits for its place.
-fn beside(path: &Path) -> PathBuf {
-    path.with_extension("sock.new")
 }
 
 /// What all conversations share.
@@ -424,7 +394,10 @@ fn out_of_turn(said: &Message, wanted: &'static str) -> NoSuccessor {
 #[cfg(test)]
 mod tests {
     use parking_lot::Mutex;
+    use socket2::{Domain, Socket};
     use tokio::time::sleep;
+
+    use crate::packets::packet_socket;
 
     use super::*;
 
@@ -465,7 +438,7 @@ mod tests {
         Arc<Said>,
         tokio::task::JoinHandle<Result<(), NoSuccessor>>,
     ) {
-        let (ours, theirs) = Socket::pair(Domain::UNIX, packets(), None).unwrap();
+        let (ours, theirs) = Socket::pair(Domain::UNIX, packet_socket(), None).unwrap();
         let theirs = Channel::over(theirs.into()).unwrap();
         let mut ours = Channel::over(ours.into()).unwrap();
         ours.peer.hide();
