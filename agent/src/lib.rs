@@ -9,25 +9,47 @@
 //! 4. [`datapath`] tells the kernel: programs, devices, listeners, sockets in pods.
 //! 5. [`proxy`] lives a connection's story.
 //! 6. [`metrics`], [`access_log`], [`admin`] show what happened.
-//! 7. [`handover`] leaves all that to the next agent, in [`packets`].
+//! 7. [`handover`] leaves all that to the next agent.
+//!
+//! [`cni`] finds pods. With [`packets`] it is all there is without the feature `agent`: the CNI
+//! plugin is built of these two alone.
+#[cfg(feature = "agent")]
 pub mod access_log;
+#[cfg(feature = "agent")]
 pub mod admin;
+#[cfg(feature = "agent")]
 pub mod allocator;
+#[cfg(feature = "agent")]
 pub mod app;
+pub mod cni;
+#[cfg(feature = "agent")]
 pub mod config;
+#[cfg(feature = "agent")]
 pub mod datapath;
+#[cfg(feature = "agent")]
 pub mod drain;
+#[cfg(feature = "agent")]
 pub mod handover;
+#[cfg(feature = "agent")]
 pub mod identity;
+#[cfg(feature = "agent")]
 pub mod k8s;
+#[cfg(feature = "agent")]
 pub mod local;
+#[cfg(feature = "agent")]
 pub mod metrics;
 pub mod packets;
+#[cfg(feature = "agent")]
 pub mod places;
+#[cfg(feature = "agent")]
 pub mod proxy;
+#[cfg(feature = "agent")]
 pub mod readiness;
+#[cfg(feature = "agent")]
 pub mod snapshot;
+#[cfg(feature = "agent")]
 pub mod state;
+#[cfg(feature = "agent")]
 pub mod telemetry;
-#[cfg(any(test, feature = "testing"))]
+#[cfg(all(feature = "agent", any(test, feature = "testing")))]
 pub mod testing;

@@ -6,6 +6,7 @@
 //! those know who call here: `handover`, and both ends of `cni`. The end that waits for calls is
 //! [`Listener`].
 
+#[cfg(feature = "agent")]
 mod listener;
 
 use std::{
@@ -22,6 +23,7 @@ use rustix::{
     },
 };
 
+#[cfg(feature = "agent")]
 pub use listener::{Listener, packet_socket, watched};
 
 /// What the kernel carries at most beside one packet.

@@ -17,6 +17,7 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     ("packets", &["packets"]),
     ("handover", &["handover", "packets", "places"]),
     ("places", &[]),
+    ("cni", &["cni", "packets", "drain"]),
     ("snapshot", &["snapshot"]),
     ("readiness", &[]),
     ("telemetry", &[]),

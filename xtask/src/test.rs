@@ -175,6 +175,7 @@ fn prepare_kernel_tiers(tier: Tier) -> Result<()> {
 pub(crate) fn agent_build() -> Command {
     let mut command = shell::cargo();
     command.args(["build", "--release", "-p", "picomesh-agent"]);
+    command.args(["--bin", "picomesh-agent"]);
     command
 }
 
@@ -231,7 +232,7 @@ fn commands(tier: Tier, filter: Option<&str>, full: bool) -> Vec<(&'static str, 
                     ]),
                 ),
                 (
-                    "clippy without features",
+                    "clippy of the CNI plugin, without other features",
                     cargo(&[
                         "clippy",
                         "-p",
@@ -239,7 +240,10 @@ fn commands(tier: Tier, filter: Option<&str>, full: bool) -> Vec<(&'static str, 
                         "-p",
                         "picomesh-common",
                         "--lib",
+                        "--bins",
                         "--no-default-features",
+                        "--features",
+                        "picomesh-agent/cni",
                         "--",
                         "-D",
                         "warnings",
