@@ -16,6 +16,7 @@ mod keeping;
 mod place;
 mod run_dir;
 mod sockets;
+pub mod standing;
 mod views;
 
 use std::{

@@ -19,7 +19,7 @@ use nix::unistd::geteuid;
 use thiserror::Error;
 
 use super::sockets::kept;
-use crate::{admin, handover, snapshot};
+use crate::{admin, cni, handover, snapshot};
 
 const LOCK: &str = "agent.lock";
 
@@ -143,6 +143,7 @@ impl RunDir {
         for name in [
             admin::socket::NAME,
             handover::NAME,
+            cni::SOCKET,
             snapshot::STATE,
             snapshot::KEYS,
             LOCK,

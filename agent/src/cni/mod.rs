@@ -22,6 +22,15 @@ pub mod intent;
 pub mod message;
 pub mod plugin;
 
+#[cfg(feature = "agent")]
+pub mod keeping;
+#[cfg(feature = "agent")]
+pub mod running;
+#[cfg(feature = "agent")]
+pub mod sandboxes;
+#[cfg(feature = "agent")]
+pub mod server;
+
 /// The plugin's program, and the `type` of its entry in a network configuration.
 pub const PLUGIN: &str = "picomesh-cni";
 /// The socket's name in the run directory.

@@ -20,7 +20,7 @@ use picomesh_common::PodConfig;
 use crate::state::PodUid;
 
 pub use loader::Generation;
-pub use pods::{Datapath, DatapathSettings, Paused, PodStatus, make_bpf_dir};
+pub use pods::{Capture, Datapath, DatapathSettings, Paused, PodStatus, make_bpf_dir};
 pub use sockets::{PodHandle, PodSockets, Source, keep_alive};
 
 /// What the kernel should do for one pod.

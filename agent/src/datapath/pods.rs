@@ -91,6 +91,15 @@ pub struct PodStatus {
     pub counters: Vec<(&'static str, u64)>,
 }
 
+/// Where one pod is captured; for whoever waits for it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Capture {
+    /// In the network namespace with this inode.
+    At { netns: u64 },
+    /// Not, and why not, if it was tried.
+    Not { reason: Option<String> },
+}
+
 /// The room's handle.
 pub struct Datapath {
     core: Arc<Core>,
@@ -173,6 +182,11 @@ impl Datapath {
         }
         all.sort_by(|a, b| a.name.cmp(&b.name).then_with(|| a.uid.cmp(&b.uid)));
         all
+    }
+
+    /// Of one pod; `None`: it should not be captured and is not. Cheap: one look into a table.
+    pub fn capture(&self, uid: &str) -> Option<Capture> {
+        self.table.lock().capture(uid)
     }
 
     /// Why probes of the host are not recognised (word, sentence), if they are not: strict pods

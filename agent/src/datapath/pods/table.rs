@@ -10,7 +10,7 @@ use std::{
 use parking_lot::Mutex;
 
 use super::{
-    super::DesiredPod, PodStatus, captured::Captured, enrolment::Checked, error::PodError,
+    super::DesiredPod, Capture, PodStatus, captured::Captured, enrolment::Checked, error::PodError,
     leaving::Leave,
 };
 use crate::state::PodUid;
@@ -210,6 +210,18 @@ impl Table {
     pub(super) fn is_well(&self) -> bool {
         let mut all = self.pods.values();
         self.known && self.is_tried() && all.all(|entry| entry.failure.is_none() && !entry.stale)
+    }
+
+    pub(super) fn capture(&self, uid: &str) -> Option<Capture> {
+        let entry = self.pods.get(uid)?;
+        Some(match &entry.stage {
+            Stage::Captured(captured) => Capture::At {
+                netns: captured.handle.netns().inode(),
+            },
+            Stage::Pending | Stage::Failed | Stage::Leaving(..) => Capture::Not {
+                reason: entry.failure.as_ref().map(|why| why.sentence.clone()),
+            },
+        })
     }
 
     /// When the loop must look again although nothing happened.

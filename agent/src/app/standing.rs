@@ -1,0 +1,65 @@
+//! What the CNI plugin's callers are told of a pod: whether it is meshed the mesh says, where it is
+//! captured the kernel half.
+
+use std::sync::Arc;
+
+use crate::{
+    cni::server::{Pods, Standing},
+    datapath::{Capture, Datapath},
+    state::{Mesh, MeshStore},
+};
+
+pub struct Known {
+    pub mesh: Arc<MeshStore>,
+    pub datapath: Arc<Datapath>,
+}
+
+impl Pods for Known {
+    fn standing(&self, uid: &str) -> Standing {
+        standing(&self.mesh.load(), uid, |uid| self.datapath.capture(uid))
+    }
+}
+
+fn standing(mesh: &Mesh, uid: &str, capture: impl FnOnce(&str) -> Option<Capture>) -> Standing {
+    let Some(workload) = mesh.workloads.get(uid).filter(|workload| workload.local) else {
+        return Standing::Unknown;
+    };
+    if !workload.meshed || workload.host_network {
+        return Standing::NotMeshed;
+    }
+    match capture(uid) {
+        Some(Capture::At { netns }) => Standing::Captured { netns },
+        Some(Capture::Not { reason }) => Standing::Awaited { reason },
+        None => Standing::Awaited { reason: None },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::manifests::{mesh, meshed_namespace, pod};
+
+    #[test]
+    fn the_mesh_says_whether_and_the_kernel_half_says_where() {
+        let out = "labels: {picomesh.io/mesh: disabled}";
+        let mesh = mesh(
+            &(meshed_namespace("shop", "")
+                + &pod("shop/in", "n1", &["10.0.0.1"], "")
+                + &pod("shop/out", "n1", &["10.0.0.2"], out)
+                + &pod("shop/far", "n2", &["10.0.0.3"], "")),
+        );
+        let of = |uid: &str, capture: Option<Capture>| standing(&mesh, uid, |_| capture);
+        let netns = 7;
+        let at = Some(Capture::At { netns });
+        assert_eq!(of("uid-nobody", at.clone()), Standing::Unknown);
+        assert_eq!(of("uid-far", at.clone()), Standing::Unknown);
+        assert_eq!(of("uid-out", at.clone()), Standing::NotMeshed);
+        assert_eq!(of("uid-in", at), Standing::Captured { netns });
+        assert_eq!(of("uid-in", None), Standing::Awaited { reason: None });
+        let reason = Some("no_slot".to_owned());
+        let not = Some(Capture::Not {
+            reason: reason.clone(),
+        });
+        assert_eq!(of("uid-in", not), Standing::Awaited { reason });
+    }
+}
