@@ -23,6 +23,8 @@ pub mod message;
 pub mod plugin;
 
 #[cfg(feature = "agent")]
+pub mod install;
+#[cfg(feature = "agent")]
 pub mod keeping;
 #[cfg(feature = "agent")]
 pub mod running;
