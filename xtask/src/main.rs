@@ -7,6 +7,7 @@
 
 mod bench;
 mod cache;
+mod cni;
 mod demo;
 mod doctor;
 mod ebpf;
@@ -36,6 +37,8 @@ enum Verb {
     Doctor(doctor::Args),
     /// Get what `doctor` misses
     Setup(setup::Args),
+    /// Build the CNI plugin as it ships: static and small
+    Cni(cni::Args),
     /// Compile the kernel half to target/ebpf/picomesh.bpf.o
     Ebpf(ebpf::Args),
     /// Show the mesh at work in a world of network namespaces
@@ -58,6 +61,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().verb {
         Verb::Doctor(args) => doctor::run(&args),
         Verb::Setup(args) => setup::run(&args),
+        Verb::Cni(args) => cni::run(&args),
         Verb::Ebpf(args) => ebpf::run(&args),
         Verb::Demo(args) => demo::run(&args),
         Verb::Bench(args) => bench::run(&args),
