@@ -51,6 +51,16 @@ impl Netns {
         })
     }
 
+    /// The namespace of the calling thread.
+    pub fn current() -> Result<Self> {
+        let path = Path::new("/proc/thread-self/ns/net");
+        let file = File::open(path).with_context(|| format!("open {}", path.display()))?;
+        Ok(Self {
+            name: "current".into(),
+            file: Arc::new(file),
+        })
+    }
+
     pub fn name(&self) -> &str {
         &self.name
     }

@@ -2,9 +2,9 @@
 //! process that was killed left behind.
 //!
 //! Everything a world makes carries its name (`pm<pid>-<number>`): namespaces in /run/netns, the
-//! directory below the temporary directory, the directory below /sys/fs/bpf. Processes are found
-//! by the namespace they run in, so that nothing needs to be remembered and nothing that a world
-//! did not start is touched.
+//! directory below the temporary directory, the directory below /sys/fs/bpf, the control groups of
+//! a [`crate::cluster`]. Processes are found by the namespace and the control group they run in, so
+//! that next to nothing needs to be remembered and nothing that a world did not start is touched.
 
 use std::{
     collections::BTreeSet,
@@ -13,28 +13,46 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     thread,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use nix::{
     errno::Errno,
     sys::{
-        signal::{SigSet, Signal, kill},
+        signal::{SigSet, Signal, kill, killpg},
         statfs::{FsType, statfs},
     },
     unistd::Pid,
 };
 
-use crate::netns;
+use crate::{cgroups, netns};
 
 /// First letters of everything that belongs to a world.
 pub const PREFIX: &str = "pm";
-/// A file in a world's directory that says: leave it, somebody looks at it.
+/// A file in a world's directory that says: leave it, somebody looks at it. It tells the kind.
 pub const KEPT: &str = "kept";
+/// A file in a world's directory with the heads of process groups that run outside of it.
+const OUTSIDE: &str = "outside";
+
+/// What was kept, and so who removes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    World,
+    Cluster,
+}
+
+impl Kind {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::World => "world",
+            Self::Cluster => "cluster",
+        }
+    }
+}
 
 const BPF_DIR: &str = "/sys/fs/bpf";
 const BPF_FS_MAGIC: FsType = FsType(0xcafe_4a11_u32 as _);
@@ -79,13 +97,36 @@ pub fn stopping() -> bool {
     STOPPING.load(Ordering::SeqCst)
 }
 
-pub(crate) fn register(name: &str) {
-    live().insert(name.to_owned());
+/// A name for a new world; the first one removes what processes that were killed left behind.
+pub(crate) fn claim() -> Result<String> {
+    static NUMBER: AtomicU32 = AtomicU32::new(0);
+    ensure!(
+        nix::unistd::geteuid().is_root(),
+        "a world of network namespaces needs root"
+    );
+    ensure!(!stopping(), "told to stop: no new world is made");
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    if number == 0 {
+        sweep();
+    }
+    let name = format!("{PREFIX}{}-{number}", std::process::id());
+    live().insert(name.clone());
+    Ok(name)
 }
 
-/// The world stays after the process; `cargo xtask demo --clean` or [`remove`] takes it away.
-pub(crate) fn keep(name: &str) -> Result<()> {
-    fs::write(dir(name).join(KEPT), "")?;
+/// Remembers the head of a process group that runs in the machine's own namespaces. Its command
+/// line must name the world's directory: numbers are used again.
+pub(crate) fn note_process(name: &str, pid: i32) -> Result<()> {
+    let path = dir(name).join(OUTSIDE);
+    let mut text = fs::read_to_string(&path).unwrap_or_default();
+    text.push_str(&format!("{pid}\n"));
+    fs::write(&path, text).with_context(|| format!("write {}", path.display()))
+}
+
+/// The world stays after the process; `cargo xtask demo --clean`, `cargo xtask cluster down` or
+/// [`remove`] takes it away.
+pub(crate) fn keep(name: &str, kind: Kind) -> Result<()> {
+    fs::write(dir(name).join(KEPT), kind.name())?;
     live().remove(name);
     Ok(())
 }
@@ -114,7 +155,9 @@ pub fn bpf_dir(name: &str) -> PathBuf {
 pub fn remove(name: &str) {
     let prefix = format!("{name}-");
     let namespaces = netns::list(&prefix);
-    kill_inside(&namespaces);
+    kill_outside(name);
+    kill_inside(name, &namespaces);
+    cgroups::remove(name);
     for netns in &namespaces {
         if let Err(e) = netns::delete(netns) {
             eprintln!("remove {netns}: {e:#}");
@@ -148,16 +191,21 @@ pub fn sweep() -> Vec<String> {
     swept
 }
 
-/// Removes the worlds that were kept. Returns their names.
-pub fn sweep_kept() -> Vec<String> {
-    let mut swept = Vec::new();
-    for name in leftovers() {
-        if dir(&name).join(KEPT).exists() {
-            remove(&name);
-            swept.push(name);
-        }
+/// Removes what was kept of a kind. Returns the names.
+pub fn sweep_kept(kind: Kind) -> Vec<String> {
+    let swept = kept(kind);
+    for name in &swept {
+        remove(name);
     }
     swept
+}
+
+/// Names of what was kept of a kind.
+pub fn kept(kind: Kind) -> Vec<String> {
+    leftovers()
+        .into_iter()
+        .filter(|name| fs::read_to_string(dir(name).join(KEPT)).is_ok_and(|k| k == kind.name()))
+        .collect()
 }
 
 /// Mounts bpffs on /sys/fs/bpf if it is not there; it is unmounted again with the last world.
@@ -209,6 +257,7 @@ fn leftovers() -> BTreeSet<String> {
             }
         }
     }
+    names.extend(cgroups::names());
     names.retain(|name| owner(name).is_some());
     names
 }
@@ -224,8 +273,21 @@ fn is_alive(pid: i32) -> bool {
     kill(Pid::from_raw(pid), None) != Err(Errno::ESRCH)
 }
 
-/// Kills what runs in these namespaces and waits until it is gone.
-fn kill_inside(namespaces: &[String]) {
+/// Kills the process groups that [`note_process`] was told of.
+fn kill_outside(name: &str) {
+    let dir = dir(name);
+    let noted = fs::read_to_string(dir.join(OUTSIDE)).unwrap_or_default();
+    for pid in noted.lines().filter_map(|l| l.parse::<i32>().ok()) {
+        let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        if pid > 1 && String::from_utf8_lossy(&command).contains(&*dir.to_string_lossy()) {
+            let _ = killpg(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+    }
+}
+
+/// Kills what runs in these namespaces and in the world's control groups, and waits until it is
+/// gone.
+fn kill_inside(name: &str, namespaces: &[String]) {
     let inodes: BTreeSet<u64> = namespaces
         .iter()
         .filter_map(|n| fs::metadata(Path::new(netns::NETNS_DIR).join(n)).ok())
@@ -235,15 +297,17 @@ fn kill_inside(namespaces: &[String]) {
     let start = Instant::now();
     loop {
         let mut found = false;
+        let grouped = cgroups::processes(name);
         for pid in pids().filter(|pid| *pid != ourselves) {
-            let inside = fs::metadata(format!("/proc/{pid}/ns/net"))
-                .is_ok_and(|m| inodes.contains(&m.ino()));
+            let inside = grouped.contains(&pid)
+                || fs::metadata(format!("/proc/{pid}/ns/net"))
+                    .is_ok_and(|m| inodes.contains(&m.ino()));
             if inside {
                 found = true;
                 let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
             }
         }
-        if !found || start.elapsed() > Duration::from_secs(5) {
+        if !found || start.elapsed() > Duration::from_secs(20) {
             return;
         }
         thread::sleep(Duration::from_millis(5));

@@ -1,6 +1,11 @@
 //! What a machine must have before a world with agents can stand on it; said in one line each.
 
-use std::{ffi::CString, fs, os::unix::fs::MetadataExt, path::Path};
+use std::{
+    ffi::CString,
+    fs,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+};
 
 use nix::unistd::geteuid;
 
@@ -74,13 +79,16 @@ pub fn cgroup2() -> Option<String> {
 
 /// Whether a program is on the PATH, or where administrators' programs live.
 pub fn program(name: &str) -> bool {
+    find_program(name).is_some()
+}
+
+/// Where [`program`] finds it.
+pub fn find_program(name: &str) -> Option<PathBuf> {
     let path = std::env::var("PATH").unwrap_or_default();
     path.split(':')
         .chain(["/usr/sbin", "/sbin", "/usr/local/sbin"])
-        .any(|dir| {
-            fs::metadata(Path::new(dir).join(name))
-                .is_ok_and(|m| m.is_file() && m.mode() & 0o111 != 0)
-        })
+        .map(|dir| Path::new(dir).join(name))
+        .find(|path| fs::metadata(path).is_ok_and(|m| m.is_file() && m.mode() & 0o111 != 0))
 }
 
 fn separate_netns() -> bool {

@@ -145,18 +145,7 @@ impl World {
     }
 
     fn create(nodes: usize, kept: bool) -> Result<Self> {
-        static NUMBER: AtomicU32 = AtomicU32::new(0);
-        ensure!(
-            nix::unistd::geteuid().is_root(),
-            "a world of network namespaces needs root"
-        );
-        ensure!(!reaper::stopping(), "told to stop: no new world is made");
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        if number == 0 {
-            reaper::sweep();
-        }
-        let name = format!("{}{}-{number}", reaper::PREFIX, std::process::id());
-        reaper::register(&name);
+        let name = reaper::claim()?;
         let made = Self::build(&name, nodes, kept);
         if made.is_err() {
             reaper::remove(&name);
@@ -483,12 +472,12 @@ fn spoken(v4: Ipv4Addr, v6: Ipv6Addr) -> Vec<String> {
 impl Drop for World {
     fn drop(&mut self) {
         if self.kept && !std::thread::panicking() {
-            if let Err(e) = reaper::keep(&self.name) {
+            if let Err(e) = reaper::keep(&self.name, reaper::Kind::World) {
                 eprintln!("keep {}: {e:#}", self.name);
             }
         } else if std::thread::panicking() && std::env::var_os("PICOMESH_KEEP_WORLD").is_some() {
             eprintln!("world {} stays, as PICOMESH_KEEP_WORLD asks", self.name);
-            let _ = reaper::keep(&self.name);
+            let _ = reaper::keep(&self.name, reaper::Kind::World);
         } else {
             reaper::remove(&self.name);
         }

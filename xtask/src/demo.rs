@@ -41,7 +41,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     }
     reaper::install()?;
     if args.clean {
-        let swept = [reaper::sweep(), reaper::sweep_kept()].concat();
+        let swept = [reaper::sweep(), reaper::sweep_kept(reaper::Kind::World)].concat();
         println!(
             "removed: {}",
             if swept.is_empty() {

@@ -3,12 +3,13 @@
 
 use std::{
     collections::BTreeSet,
-    env, fs,
+    fs,
     path::{Path, PathBuf},
     process::Command,
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
+use picomesh_tests::{image::linked, requirements};
 
 use super::{cpio::Archive, kernel::Kernel};
 use crate::shell;
@@ -82,7 +83,7 @@ pub(super) fn write(built: &Built, kernel: &Kernel, to: &Path) -> Result<()> {
         archive.directory(dir)?;
     }
     archive.file("/init", 0o755, include_bytes!("init.sh"))?;
-    archive.copy(&program("busybox")?, "/bin/busybox")?;
+    archive.copy(&find("busybox")?, "/bin/busybox")?;
     for applet in APPLETS {
         archive.symlink(&format!("/bin/{applet}"), "busybox")?;
     }
@@ -98,7 +99,7 @@ pub(super) fn write(built: &Built, kernel: &Kernel, to: &Path) -> Result<()> {
 
     let mut libraries = BTreeSet::new();
     for name in PROGRAMS {
-        let path = program(name)?;
+        let path = find(name)?;
         libraries.extend(linked(&path)?);
         archive.copy(&path, &format!("/usr/sbin/{name}"))?;
     }
@@ -194,45 +195,9 @@ fn name_of(path: &str) -> &str {
     file.split('.').next().unwrap_or(file)
 }
 
-/// The libraries that a program is linked with, and what loads them; none if it is static.
-fn linked(program: &Path) -> Result<Vec<String>> {
-    let output = Command::new("ldd")
-        .arg(program)
-        .output()
-        .context("start ldd")?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    if !output.status.success() {
-        let static_one = text.contains("not a dynamic executable")
-            || String::from_utf8_lossy(&output.stderr).contains("not a dynamic executable");
-        ensure!(static_one, "ldd {}: {text}", program.display());
-    }
-    let mut found = Vec::new();
-    for line in text.lines() {
-        let Some(path) = line.split_whitespace().find(|word| word.starts_with('/')) else {
-            ensure!(
-                !line.contains("not found"),
-                "{}: {}",
-                program.display(),
-                line.trim()
-            );
-            continue;
-        };
-        found.push(path.to_owned());
-    }
-    Ok(found)
-}
-
-fn program(name: &str) -> Result<PathBuf> {
-    let path = env::var("PATH").unwrap_or_default();
-    let found = path
-        .split(':')
-        .chain(["/usr/sbin", "/sbin"])
-        .map(|dir| Path::new(dir).join(name))
-        .find(|path| path.is_file());
-    match found {
-        Some(path) => Ok(path),
-        None => bail!("{name} is missing: cargo xtask setup --for vm"),
-    }
+fn find(name: &str) -> Result<PathBuf> {
+    requirements::find_program(name)
+        .with_context(|| format!("{name} is missing: cargo xtask setup --for vm"))
 }
 
 #[cfg(test)]

@@ -1,0 +1,45 @@
+//! The tier `k8s`: a real API server, real kubelets, real containers.
+//!
+//! One file per subject. Adding a test is adding a function and its row in that file's table. The
+//! tests share one cluster, which the first of them makes and the last of them leaves to be
+//! removed; each has a Kubernetes namespace of its own. With KUBECONFIG set they use that cluster
+//! instead, and those that reach into nodes are ignored. `cargo xtask test --tier k8s` gets what is
+//! missing and says where it lies.
+mod ground;
+mod leftovers;
+mod pods;
+
+use std::process::ExitCode;
+
+use ground::{Need, Test};
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use picomesh_tests::reaper;
+
+fn main() -> ExitCode {
+    if let Err(e) = reaper::install() {
+        eprintln!("{e:#}");
+        return ExitCode::FAILURE;
+    }
+    let mut arguments = Arguments::from_args();
+    // Two cores and one cluster.
+    arguments.test_threads = Some(1);
+    let trials = [pods::TESTS, leftovers::TESTS]
+        .concat()
+        .into_iter()
+        .map(trial)
+        .collect();
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    ground::remove();
+    conclusion.exit_code()
+}
+
+fn trial(test: Test) -> Trial {
+    Trial::ignorable_test(test.name, move || {
+        if let Some(reason) = test.needs.iter().find_map(|need: &Need| need.lacks()) {
+            return Ok(Completion::ignored_with(reason));
+        }
+        (test.run)()
+            .map(|()| Completion::Completed)
+            .map_err(|e| Failed::from(format!("{e:#}")))
+    })
+}

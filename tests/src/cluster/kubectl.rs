@@ -1,0 +1,106 @@
+//! kubectl, of this cluster or of any other.
+
+use std::{
+    io::Write,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use crate::wait;
+
+/// What a call may take, and then it is killed.
+const DEADLINE: Duration = Duration::from_secs(120);
+
+#[derive(Clone, Debug)]
+pub struct Kubectl {
+    program: PathBuf,
+    kubeconfig: PathBuf,
+    /// Where it keeps what it learnt of the API server; its own place if there is none.
+    cache: Option<PathBuf>,
+}
+
+impl Kubectl {
+    pub fn new(program: &Path, kubeconfig: &Path) -> Self {
+        Self {
+            program: program.to_owned(),
+            kubeconfig: kubeconfig.to_owned(),
+            cache: None,
+        }
+    }
+
+    pub(super) fn caching_in(self, cache: &Path) -> Self {
+        Self {
+            cache: Some(cache.to_owned()),
+            ..self
+        }
+    }
+
+    pub fn kubeconfig(&self) -> &Path {
+        &self.kubeconfig
+    }
+
+    /// The command, for who wants its input and output for himself. It ends after a deadline.
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new("timeout");
+        command
+            .args(["--kill-after", "5"])
+            .arg(wait::patience(DEADLINE).as_secs().to_string())
+            .arg(&self.program)
+            .args(args)
+            .env("KUBECONFIG", &self.kubeconfig);
+        if let Some(cache) = &self.cache {
+            command.env("KUBECACHEDIR", cache);
+        }
+        command
+    }
+
+    /// Calls it; an exit code that is not 0 is an error with what it said. Returns what it printed.
+    pub fn run(&self, args: &[&str]) -> Result<String> {
+        self.feed(args, "")
+    }
+
+    /// The same, without the blanks around.
+    pub fn text(&self, args: &[&str]) -> Result<String> {
+        Ok(self.run(args)?.trim().to_owned())
+    }
+
+    /// `get … -o json`
+    pub fn get(&self, what: &[&str]) -> Result<Value> {
+        let text = self.run(&[&["get", "-o", "json"], what].concat())?;
+        serde_json::from_str(&text).context("parse what kubectl printed")
+    }
+
+    /// Applies an object.
+    pub fn apply(&self, object: &Value) -> Result<()> {
+        self.feed(&["apply", "-f", "-"], &object.to_string())
+            .map(drop)
+    }
+
+    fn feed(&self, args: &[&str], input: &str) -> Result<String> {
+        let mut child = self
+            .command(args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("start timeout: is coreutils installed?")?;
+        if let Some(mut stdin) = child.stdin.take() {
+            // It may end without reading: then its exit code says why.
+            let _ = stdin.write_all(input.as_bytes());
+        }
+        let output = child.wait_with_output()?;
+        let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
+        ensure!(
+            output.status.success(),
+            "kubectl {}: {}: {stdout}{}",
+            args.join(" "),
+            output.status,
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+        Ok(stdout)
+    }
+}
