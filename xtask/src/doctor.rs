@@ -65,6 +65,7 @@ fn note(purpose: Purpose) -> String {
         | Purpose::Deny
         | Purpose::Mutants
         | Purpose::Fuzz
-        | Purpose::Vm => String::new(),
+        | Purpose::Vm
+        | Purpose::Cluster => String::new(),
     }
 }

@@ -21,7 +21,7 @@ use crate::{
 
 const TARGET: &str = "bpfel-unknown-none";
 /// Socket storage needs BTF in the object, and BTF needs debug information.
-const FLAGS: &str = "-C debuginfo=2 -C link-arg=--btf";
+const FLAGS: [&str; 4] = ["-C", "debuginfo=2", "-C", "link-arg=--btf"];
 
 #[derive(clap::Args)]
 pub(crate) struct Args {}
@@ -56,8 +56,11 @@ pub(crate) fn build() -> Result<PathBuf> {
             .arg("build");
         command
     };
+    // The debug information names files: not by where they lie on this machine.
+    let mut flags = FLAGS.map(str::to_owned).to_vec();
+    flags.extend(shell::remap_flags());
     command
-        .env("RUSTFLAGS", FLAGS)
+        .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"))
         .args([
             "--quiet",
             "--release",

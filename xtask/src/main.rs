@@ -7,11 +7,14 @@
 
 mod bench;
 mod cache;
+mod cluster;
 mod cni;
 mod demo;
 mod doctor;
 mod ebpf;
 mod fuzz;
+mod image;
+mod kubernetes;
 mod mutants;
 mod needs;
 mod setup;
@@ -41,6 +44,10 @@ enum Verb {
     Cni(cni::Args),
     /// Compile the kernel half to target/ebpf/picomesh.bpf.o
     Ebpf(ebpf::Args),
+    /// Build the image that a cluster runs, as an OCI archive
+    Image(image::Args),
+    /// A Kubernetes cluster on this machine: control plane, nodes, containers
+    Cluster(cluster::Args),
     /// Show the mesh at work in a world of network namespaces
     Demo(demo::Args),
     /// Compare the mesh with no mesh, haproxy and nginx, in one run
@@ -63,6 +70,8 @@ fn main() -> ExitCode {
         Verb::Setup(args) => setup::run(&args),
         Verb::Cni(args) => cni::run(&args),
         Verb::Ebpf(args) => ebpf::run(&args),
+        Verb::Image(args) => image::run(&args),
+        Verb::Cluster(args) => cluster::run(&args),
         Verb::Demo(args) => demo::run(&args),
         Verb::Bench(args) => bench::run(&args),
         Verb::Test(args) => test::run(&args),

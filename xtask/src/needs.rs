@@ -13,7 +13,7 @@ use picomesh_tests::requirements;
 
 use crate::{
     cache::{BPF_LINKER, CARGO_DENY, CARGO_MUTANTS, Tool},
-    ebpf, setup,
+    ebpf, kubernetes, setup,
 };
 
 /// A group of needs.
@@ -35,10 +35,12 @@ pub(crate) enum Purpose {
     Fuzz,
     /// Booting other kernels
     Vm,
+    /// A Kubernetes cluster of this machine's own
+    Cluster,
 }
 
 impl Purpose {
-    pub(crate) const ALL: [Self; 8] = [
+    pub(crate) const ALL: [Self; 9] = [
         Self::Build,
         Self::Ebpf,
         Self::World,
@@ -47,6 +49,7 @@ impl Purpose {
         Self::Mutants,
         Self::Fuzz,
         Self::Vm,
+        Self::Cluster,
     ];
 
     pub(crate) const fn name(self) -> &'static str {
@@ -59,6 +62,7 @@ impl Purpose {
             Self::Mutants => "mutants",
             Self::Fuzz => "fuzz",
             Self::Vm => "vm",
+            Self::Cluster => "cluster",
         }
     }
 }
@@ -76,6 +80,8 @@ pub(crate) enum Source {
     Package(&'static str, Sign),
     /// A program that `cargo install` builds into the cache.
     Tool(&'static Tool),
+    /// Kubernetes' programs, compiled into the cache.
+    Kubernetes,
 }
 
 pub(crate) enum Sign {
@@ -240,6 +246,59 @@ const NEEDS: &[Need] = &[
         Sign::Program("strip"),
         "makes the tests small enough for a machine in memory",
     ),
+    package(
+        Purpose::Cluster,
+        "etcd-server",
+        Sign::Program("etcd"),
+        "keeps what the API server knows",
+    ),
+    package(
+        Purpose::Cluster,
+        "containerd",
+        Sign::Program("containerd"),
+        "runs a node's containers",
+    ),
+    package(
+        Purpose::Cluster,
+        "runc",
+        Sign::Program("runc"),
+        "starts a container",
+    ),
+    package(
+        Purpose::Cluster,
+        "containernetworking-plugins",
+        Sign::File("/usr/lib/cni/bridge"),
+        "gives pods their network",
+    ),
+    package(
+        Purpose::Cluster,
+        "iptables",
+        Sign::Program("iptables"),
+        "kube-proxy writes Services as its rules",
+    ),
+    package(
+        Purpose::Cluster,
+        "conntrack",
+        Sign::Program("conntrack"),
+        "kube-proxy forgets connections by it",
+    ),
+    package(
+        Purpose::Cluster,
+        "openssl",
+        Sign::Program("openssl"),
+        "makes the cluster's certificates",
+    ),
+    package(
+        Purpose::Cluster,
+        "busybox-static",
+        Sign::Program("busybox"),
+        "what is in the tests' images",
+    ),
+    Need {
+        purpose: Purpose::Cluster,
+        source: Source::Kubernetes,
+        why: "API server, kubelet and the others, compiled by Go",
+    },
 ];
 
 const fn package(purpose: Purpose, name: &'static str, sign: Sign, why: &'static str) -> Need {
@@ -255,6 +314,7 @@ impl Need {
         match self.source {
             Source::Package(name, _) => name,
             Source::Tool(tool) => tool.name,
+            Source::Kubernetes => "kubernetes",
         }
     }
 
@@ -274,6 +334,7 @@ impl Need {
                 }),
             },
             Source::Tool(tool) => tool.find().is_some(),
+            Source::Kubernetes => kubernetes::find().is_some(),
         }
     }
 }

@@ -14,6 +14,7 @@ use picomesh_tests::requirements;
 
 use crate::{
     cache::Tool,
+    kubernetes,
     needs::{self, Need, Purpose, Source},
     shell,
 };
@@ -44,11 +45,13 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
 pub(crate) fn get(missing: &[&Need]) -> Result<()> {
     let mut packages = Vec::new();
     let mut tools: Vec<&Tool> = Vec::new();
+    let mut kubernetes = false;
     for need in missing {
         println!("{} is missing: {}", need.name(), need.why);
         match &need.source {
             Source::Package(name, _) => packages.push(*name),
             Source::Tool(tool) => tools.push(tool),
+            Source::Kubernetes => kubernetes = true,
         }
     }
     if !packages.is_empty() {
@@ -56,6 +59,9 @@ pub(crate) fn get(missing: &[&Need]) -> Result<()> {
     }
     for tool in tools {
         tool.install()?;
+    }
+    if kubernetes {
+        kubernetes::install()?;
     }
     if let Some(need) = missing.iter().find(|n| !n.is_met()) {
         bail!("{} is still missing after setup: {}", need.name(), need.why);
@@ -116,6 +122,8 @@ fn disable_unit(package: &str) {
         "nginx-light" => "nginx",
         "redis-server" => "redis-server",
         "haproxy" => "haproxy",
+        "etcd-server" => "etcd",
+        "containerd" => "containerd",
         _ => return,
     };
     if requirements::program("systemctl") {

@@ -24,6 +24,28 @@ pub(crate) fn target_dir() -> PathBuf {
     )
 }
 
+/// What compilers write down instead of where things lie here, so that a build gives the same bytes
+/// in another directory.
+pub(crate) fn renamed_paths() -> Vec<(PathBuf, &'static str)> {
+    let home = env::var_os("HOME").unwrap_or_else(|| "/root".into());
+    let cargo_home =
+        env::var_os("CARGO_HOME").map_or_else(|| Path::new(&home).join(".cargo"), PathBuf::from);
+    // The last that fits counts, and a target directory may lie in the checkout.
+    vec![
+        (cargo_home, "/cargo"),
+        (root().to_owned(), "/picomesh"),
+        (target_dir(), "/target"),
+    ]
+}
+
+/// [`renamed_paths`] as rustc is told.
+pub(crate) fn remap_flags() -> Vec<String> {
+    renamed_paths()
+        .iter()
+        .map(|(from, to)| format!("--remap-path-prefix={}={to}", from.display()))
+        .collect()
+}
+
 /// The cargo that runs us, in the checkout, free of what it told us about this package alone.
 pub(crate) fn cargo() -> Command {
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));

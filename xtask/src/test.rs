@@ -12,12 +12,15 @@ use std::process::{Command, ExitCode};
 
 use anyhow::Result;
 use nix::unistd::geteuid;
-use picomesh_tests::{reaper, requirements};
+use picomesh_tests::{
+    cluster::{AGENT_IMAGE, KUBERNETES},
+    reaper, requirements,
+};
 
 pub(crate) use self::{count::Count, steps::run as run_step};
 use crate::{
     cache::CARGO_DENY,
-    fuzz, mutants,
+    cluster, fuzz, image, kubernetes, mutants,
     needs::{self, Purpose},
     shell, soak, vm,
 };
@@ -34,7 +37,7 @@ pub(crate) struct Args {
     #[arg(long)]
     list: bool,
     /// Also run the tests that take much of the machine, and the tiers that take long: rules,
-    /// mutants, vm, fuzz and a short soak
+    /// mutants, vm, fuzz, a short soak, the image built twice, and k8s
     #[arg(long)]
     full: bool,
 }
@@ -62,12 +65,24 @@ enum Tier {
     Fuzz,
     /// Minutes of mixed traffic and trouble
     Soak,
+    /// The image, built twice from two directories and two clocks
+    Image,
+    /// A Kubernetes cluster of this machine's own, or the one that KUBECONFIG names
+    K8s,
 }
 
 impl Tier {
     const ALL: [Self; 4] = [Self::Lint, Self::Unit, Self::Bpf, Self::Mesh];
     /// With `--full`, or when they are named.
-    const LONG: [Self; 5] = [Self::Rules, Self::Mutants, Self::Vm, Self::Fuzz, Self::Soak];
+    const LONG: [Self; 7] = [
+        Self::Rules,
+        Self::Mutants,
+        Self::Vm,
+        Self::Fuzz,
+        Self::Soak,
+        Self::Image,
+        Self::K8s,
+    ];
 
     const fn name(self) -> &'static str {
         match self {
@@ -80,6 +95,8 @@ impl Tier {
             Self::Vm => "vm",
             Self::Fuzz => "fuzz",
             Self::Soak => "soak",
+            Self::Image => "image",
+            Self::K8s => "k8s",
         }
     }
 }
@@ -133,6 +150,7 @@ fn run_tier(tier: Tier, filter: Option<&str>, full: bool) -> Count {
         Tier::Vm => return vm::count(),
         Tier::Fuzz => return fuzz::count(),
         Tier::Soak => return soak::count(SOAK_MINUTES),
+        Tier::Image => return image::count(),
         Tier::Lint => needs::ensure(&[Purpose::Build, Purpose::Deny]),
         // As root they use namespaces, too.
         Tier::Unit if geteuid().is_root() => needs::ensure(&[Purpose::Build, Purpose::World]),
@@ -146,6 +164,7 @@ fn run_tier(tier: Tier, filter: Option<&str>, full: bool) -> Count {
             }
             prepare_kernel_tiers(tier)
         }
+        Tier::K8s => prepare_k8s(),
     };
     if let Err(e) = prepared {
         return Count::failure(&format!("{}: prepare", tier.name()), &format!("{e:#}"));
@@ -167,6 +186,15 @@ fn prepare_kernel_tiers(tier: Tier) -> Result<()> {
     if tier == Tier::Mesh {
         shell::run(&mut agent_build())?;
         shell::run(&mut testing_agent_build())?;
+    }
+    Ok(())
+}
+
+/// Kubernetes' programs and the agent's image.
+fn prepare_k8s() -> Result<()> {
+    if std::env::var_os("KUBECONFIG").is_none() {
+        cluster::prepare()?;
+        image::build(picomesh_tests::image::AGENT, &image::archive())?;
     }
     Ok(())
 }
@@ -280,8 +308,16 @@ fn commands(tier: Tier, filter: Option<&str>, full: bool) -> Vec<(&'static str, 
             mesh.env(picomesh_tests::agent::TESTING_BINARY, testing);
             vec![("agents", mesh)]
         }
+        Tier::K8s => {
+            let mut k8s = test(&["-p", "picomesh-tests", "--test", "k8s"], filter);
+            k8s.env(AGENT_IMAGE, image::archive());
+            if let Some(kubernetes) = kubernetes::find() {
+                k8s.env(KUBERNETES, kubernetes);
+            }
+            vec![("cluster", k8s)]
+        }
         // These have verbs of their own.
-        Tier::Rules | Tier::Mutants | Tier::Vm | Tier::Fuzz | Tier::Soak => Vec::new(),
+        Tier::Rules | Tier::Mutants | Tier::Vm | Tier::Fuzz | Tier::Soak | Tier::Image => Vec::new(),
     }
 }
 
@@ -306,10 +342,10 @@ fn list(tier: Tier, full: bool) -> Result<()> {
                 println!("{}: {name}", tier.name());
             }
         }
-        Tier::Rules | Tier::Mutants | Tier::Vm | Tier::Fuzz | Tier::Soak => {
+        Tier::Rules | Tier::Mutants | Tier::Vm | Tier::Fuzz | Tier::Soak | Tier::Image => {
             println!("{}", tier.name());
         }
-        Tier::Unit | Tier::Bpf | Tier::Mesh => {
+        Tier::Unit | Tier::Bpf | Tier::Mesh | Tier::K8s => {
             for (_, mut command) in commands(tier, None, full) {
                 // No doc tests: they have no names worth listing.
                 let output = command.args(["--", "--list"]).output()?;

@@ -1,0 +1,96 @@
+//! `cargo xtask cluster up|down|kubectl`: the cluster of the tier `k8s`, for a person.
+
+use std::{
+    os::unix::process::CommandExt,
+    process::{Command, ExitCode},
+};
+
+use anyhow::{Context, Result, bail};
+use clap::Subcommand;
+use picomesh_tests::{
+    cluster::{self, Cluster},
+    reaper,
+};
+
+use crate::{
+    kubernetes,
+    needs::{self, Purpose},
+};
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Start a control plane and nodes, and leave them running
+    Up {
+        #[arg(long, default_value_t = 2)]
+        nodes: usize,
+    },
+    /// Remove it with every trace
+    Down,
+    /// Call kubectl on it
+    Kubectl {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+}
+
+pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    match &args.verb {
+        Verb::Up { nodes } => up(*nodes),
+        Verb::Down => {
+            match Cluster::down() {
+                Some(name) => println!("removed {name}"),
+                None => println!("no cluster is up"),
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        Verb::Kubectl { args } => {
+            let Some(name) = Cluster::kept() else {
+                bail!("no cluster is up: cargo xtask cluster up");
+            };
+            let kubectl = kubernetes::install()?.join("kubectl");
+            // Instead of us: its terminal, its signals, its exit code.
+            Err(Command::new(&kubectl)
+                .args(args)
+                .env("KUBECONFIG", cluster::kubeconfig(&name))
+                .exec())
+            .with_context(|| format!("start {}", kubectl.display()))
+        }
+    }
+}
+
+fn up(nodes: usize) -> Result<ExitCode> {
+    reaper::install()?;
+    if let Some(name) = Cluster::kept() {
+        println!("{name} is up already");
+        tell(&name);
+        return Ok(ExitCode::SUCCESS);
+    }
+    let kubernetes = prepare()?;
+    let cluster = Cluster::up(&kubernetes, nodes, true)?;
+    for node in cluster.nodes() {
+        println!(
+            "{} is Ready; its network: nsenter --net={} COMMAND",
+            node.name(),
+            node.netns().path().display()
+        );
+    }
+    tell(cluster.name());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Gets what a cluster needs; returns the directory with Kubernetes' programs.
+pub(crate) fn prepare() -> Result<std::path::PathBuf> {
+    needs::ensure(&[Purpose::World, Purpose::Cluster])?;
+    kubernetes::install()
+}
+
+fn tell(name: &str) {
+    println!("export KUBECONFIG={}", cluster::kubeconfig(name).display());
+    println!("cargo xtask cluster kubectl get nodes; cargo xtask cluster down");
+}
