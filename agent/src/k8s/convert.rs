@@ -154,6 +154,7 @@ impl Converter {
             terminal: matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")),
             terminating: pod.metadata.deletion_timestamp.is_some(),
             owner,
+            foreign_policy: None,
             labels: labels(pod.metadata.labels),
         })
     }

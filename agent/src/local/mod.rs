@@ -181,7 +181,9 @@ pub fn objects(text: &str, converter: &Converter) -> Result<Objects, LoadError> 
     let mut objects = Objects::default();
     for document in document::read(text, converter) {
         match document {
-            Ok(document::Document::Object(loaded)) => objects.insert(loaded.object),
+            Ok(document::Document::Object(loaded)) => {
+                objects.insert(loaded.object);
+            }
             Ok(document::Document::Ignored { .. }) => {}
             Err(wrong) => return Err(wrong.in_file(Path::new("-"))),
         }

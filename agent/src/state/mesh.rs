@@ -41,6 +41,8 @@ pub struct Workload {
     pub host_network: bool,
     /// Meshed by desired state: labels say so and it is not exempt.
     pub meshed: bool,
+    /// Its labels ask for the mesh, and a policy that only the CNI enforces keeps it outside.
+    pub refused: Option<Arc<str>>,
     pub labels: Labels,
     /// Of its namespace.
     pub namespace_labels: Arc<NamespaceLabels>,
@@ -227,6 +229,17 @@ fn workloads<'a>(
                 message: format!("asks to be in the mesh and never is: {why}; remove the word"),
             });
         }
+        let refused = pod
+            .foreign_policy
+            .as_ref()
+            .filter(|_| asked_for && exempt.is_none());
+        if let Some(why) = refused {
+            problems.push(Problem {
+                kind: "Pod",
+                object: pod.key.clone(),
+                message: format!("is kept outside of the mesh: {why}"),
+            });
+        }
 
         let local = pod.node.as_ref() == Some(&settings.node);
         let served = local && !pod.host_network;
@@ -253,7 +266,8 @@ fn workloads<'a>(
             local,
             ips: pod.ips.clone(),
             host_network: pod.host_network,
-            meshed: asked_for && exempt.is_none(),
+            meshed: asked_for && exempt.is_none() && refused.is_none(),
+            refused: refused.cloned(),
             labels: pod.labels.clone(),
             namespace_labels: network.namespace_labels(&pod.key.namespace),
             owner: pod.owner.clone(),

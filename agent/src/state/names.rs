@@ -2,11 +2,13 @@
 
 use std::{fmt, sync::Arc};
 
+use serde::{Deserialize, Serialize};
+
 /// Uid of a pod; the only key by which a pod is ever meant.
 pub type PodUid = Arc<str>;
 
 /// `cluster` is there so that more than one fits later; it is the configured cluster name today.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct ObjectKey {
     pub cluster: Arc<str>,
     /// Empty for cluster-scoped objects.
@@ -25,7 +27,7 @@ impl fmt::Display for ObjectKey {
 }
 
 /// A workload's identity: its service account within a trust domain. Displays as a SPIFFE ID.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Identity {
     pub trust_domain: Arc<str>,
     pub namespace: Arc<str>,

@@ -3,21 +3,25 @@
 
 mod network_policies;
 mod policies;
+mod ranges;
+mod table;
 
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
 use ipnet::IpNet;
 use picomesh_common::PortRange;
+use serde::{Deserialize, Serialize};
 
 use super::{ObjectKey, PodUid};
 
 pub use network_policies::*;
 pub use policies::*;
+pub use table::Kind;
 
 pub type Labels = BTreeMap<Arc<str>, Arc<str>>;
 
 /// Everything known at one moment.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Objects {
     pub nodes: BTreeMap<ObjectKey, Arc<Node>>,
     pub namespaces: BTreeMap<ObjectKey, Arc<Namespace>>,
@@ -34,7 +38,7 @@ pub struct Objects {
 }
 
 /// One object of any kind that we read.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Object {
     Node(Node),
     Namespace(Namespace),
@@ -52,20 +56,7 @@ pub enum Object {
 
 impl Object {
     pub fn kind(&self) -> &'static str {
-        match self {
-            Self::Node(_) => "Node",
-            Self::Namespace(_) => "Namespace",
-            Self::Pod(_) => "Pod",
-            Self::Service(_) => "Service",
-            Self::EndpointSlice(_) => "EndpointSlice",
-            Self::ServiceAccount(_) => "ServiceAccount",
-            Self::Server(_) => "Server",
-            Self::ServerAuthorization(_) => "ServerAuthorization",
-            Self::AuthorizationPolicy(_) => "AuthorizationPolicy",
-            Self::MeshTlsAuthentication(_) => "MeshTLSAuthentication",
-            Self::NetworkAuthentication(_) => "NetworkAuthentication",
-            Self::NetworkPolicy(_) => "NetworkPolicy",
-        }
+        self.of().as_str()
     }
 
     pub fn key(&self) -> &ObjectKey {
@@ -82,56 +73,6 @@ impl Object {
             Self::MeshTlsAuthentication(object) => &object.key,
             Self::NetworkAuthentication(object) => &object.key,
             Self::NetworkPolicy(object) => &object.key,
-        }
-    }
-}
-
-impl Objects {
-    /// Takes the place of an object of the same kind and key (of a pod: of the same uid).
-    pub fn insert(&mut self, object: Object) {
-        match object {
-            Object::Node(object) => {
-                self.nodes.insert(object.key.clone(), Arc::new(object));
-            }
-            Object::Namespace(object) => {
-                self.namespaces.insert(object.key.clone(), Arc::new(object));
-            }
-            Object::Pod(object) => {
-                self.pods.insert(Arc::clone(&object.uid), Arc::new(object));
-            }
-            Object::Service(object) => {
-                self.services.insert(object.key.clone(), Arc::new(object));
-            }
-            Object::EndpointSlice(object) => {
-                self.endpoint_slices
-                    .insert(object.key.clone(), Arc::new(object));
-            }
-            Object::ServiceAccount(key) => {
-                self.service_accounts.insert(key, ());
-            }
-            Object::Server(object) => {
-                self.servers.insert(object.key.clone(), Arc::new(object));
-            }
-            Object::ServerAuthorization(object) => {
-                self.server_authorizations
-                    .insert(object.key.clone(), Arc::new(object));
-            }
-            Object::AuthorizationPolicy(object) => {
-                self.authorization_policies
-                    .insert(object.key.clone(), Arc::new(object));
-            }
-            Object::MeshTlsAuthentication(object) => {
-                self.mesh_tls_authentications
-                    .insert(object.key.clone(), Arc::new(object));
-            }
-            Object::NetworkAuthentication(object) => {
-                self.network_authentications
-                    .insert(object.key.clone(), Arc::new(object));
-            }
-            Object::NetworkPolicy(object) => {
-                self.network_policies
-                    .insert(object.key.clone(), Arc::new(object));
-            }
         }
     }
 }
@@ -171,7 +112,7 @@ pub fn private_networks() -> Vec<IpNet> {
 }
 
 /// Linkerd's default inbound policies.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum DefaultPolicy {
     #[default]
     AllUnauthenticated,
@@ -211,7 +152,7 @@ impl DefaultPolicy {
 }
 
 /// What becomes of a connection to an address nobody in the mesh has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum OutboundDefault {
     #[default]
     Allow,
@@ -219,34 +160,37 @@ pub enum OutboundDefault {
 }
 
 /// Words on a namespace or pod (labels and annotations, aliases resolved). `None`: not said here.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Words {
     pub mesh: Option<bool>,
     pub default_inbound_policy: Option<DefaultPolicy>,
     pub outbound_default: Option<OutboundDefault>,
+    #[serde(with = "ranges")]
     pub skip_inbound: Option<Vec<PortRange>>,
+    #[serde(with = "ranges")]
     pub skip_outbound: Option<Vec<PortRange>>,
     /// Read and kept; HTTP comes later, so today every port is opaque.
+    #[serde(with = "ranges")]
     pub opaque_ports: Option<Vec<PortRange>>,
     /// Words that could not be read, as sentences that name field, value and remedy. The fields
     /// above hold the safe reading. The built mesh lists them among its problems.
     pub problems: Vec<String>,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Node {
     pub key: ObjectKey,
     pub addresses: Vec<IpAddr>,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Namespace {
     pub key: ObjectKey,
     pub labels: Labels,
     pub words: Words,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Pod {
     pub key: ObjectKey,
     pub uid: PodUid,
@@ -265,16 +209,19 @@ pub struct Pod {
     /// Owning workload, e.g. (Deployment, "web"); `deployment` in metrics. A ReplicaSet's name
     /// less its pod-template-hash counts as a Deployment.
     pub owner: Option<Owner>,
+    /// A policy that only the CNI can enforce selects it, so it is never meshed: which one, as a
+    /// sentence.
+    pub foreign_policy: Option<Arc<str>>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Owner {
     /// Lower case, as Linkerd's metric label: deployment, statefulset, daemonset, replicaset, k8s_job…
     pub kind: Arc<str>,
     pub name: Arc<str>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ContainerPort {
     pub name: Option<Arc<str>>,
     pub port: u16,
@@ -283,14 +230,14 @@ pub struct ContainerPort {
     pub host_ip: Option<IpAddr>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Protocol {
     Tcp,
     Udp,
     Sctp,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Service {
     pub key: ObjectKey,
     /// Empty for a headless Service.
@@ -308,7 +255,7 @@ pub struct Service {
     pub external_name: Option<Arc<str>>,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ServicePort {
     pub name: Option<Arc<str>>,
     pub port: u16,
@@ -318,13 +265,13 @@ pub struct ServicePort {
     pub app_protocol: Option<Arc<str>>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum TargetPort {
     Number(u16),
     Name(Arc<str>),
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct EndpointSlice {
     pub key: ObjectKey,
     /// Label kubernetes.io/service-name.
@@ -334,7 +281,7 @@ pub struct EndpointSlice {
     pub ports: Vec<(Option<Arc<str>>, Option<u16>, Protocol)>,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SliceEndpoint {
     pub addresses: Vec<IpAddr>,
     /// targetRef, if it names a Pod: identity and node come from here, never from the address.

@@ -519,6 +519,7 @@ fn objects() -> Objects {
             terminal: false,
             terminating: false,
             owner: None,
+            foreign_policy: None,
         };
         objects.pods.insert(pod.uid.clone(), Arc::new(pod));
     }

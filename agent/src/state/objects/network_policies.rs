@@ -3,11 +3,12 @@
 use std::sync::Arc;
 
 use picomesh_common::PortRange;
+use serde::{Deserialize, Serialize};
 
 use super::{NetworkMatch, Protocol, Selector};
 use crate::state::ObjectKey;
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct NetworkPolicy {
     pub key: ObjectKey,
     /// The pods of its own namespace that it isolates.
@@ -19,7 +20,7 @@ pub struct NetworkPolicy {
 }
 
 /// Both parts must hold.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct NetworkRule {
     /// Any of them; empty means anybody.
     pub peers: Vec<NetworkPeer>,
@@ -27,7 +28,7 @@ pub struct NetworkRule {
     pub ports: Vec<NetworkPort>,
 }
 
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum NetworkPeer {
     Block(NetworkMatch),
     Pods {
@@ -37,16 +38,16 @@ pub enum NetworkPeer {
     },
 }
 
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct NetworkPort {
     pub protocol: Protocol,
     pub ports: NetworkPorts,
 }
 
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum NetworkPorts {
     All,
-    Range(PortRange),
+    Range(#[serde(with = "super::ranges::one")] PortRange),
     /// A container's port of that name in the pod that is called.
     Name(Arc<str>),
 }

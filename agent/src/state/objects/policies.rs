@@ -3,11 +3,12 @@
 use std::{fmt, net::IpAddr, sync::Arc};
 
 use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
 
 use super::{DefaultPolicy, Labels, TargetPort};
 use crate::state::{Identity, ObjectKey};
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Server {
     pub key: ObjectKey,
     pub labels: Labels,
@@ -17,7 +18,7 @@ pub struct Server {
     pub access_policy: DefaultPolicy,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum ProxyProtocol {
     #[default]
     Unknown,
@@ -29,19 +30,19 @@ pub enum ProxyProtocol {
 }
 
 /// A Kubernetes label selector; both parts must hold.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Selector {
     pub match_labels: Labels,
     pub match_expressions: Vec<Requirement>,
 }
 
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Requirement {
     pub key: Arc<str>,
     pub operator: Operator,
 }
 
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Operator {
     In(Vec<Arc<str>>),
     NotIn(Vec<Arc<str>>),
@@ -88,7 +89,7 @@ pub fn contains_all(labels: &Labels, wanted: &Labels) -> bool {
         .all(|(key, value)| labels.get(key) == Some(value))
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ServerAuthorization {
     pub key: ObjectKey,
     pub server: ServerRef,
@@ -97,13 +98,13 @@ pub struct ServerAuthorization {
     pub client: ClientMatch,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum ServerRef {
     Name(Arc<str>),
     Selector(Selector),
 }
 
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum ClientMatch {
     /// Anybody, with or without identity.
     Unauthenticated,
@@ -113,7 +114,7 @@ pub enum ClientMatch {
 }
 
 /// One identity, or a pattern with a leading `*`.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum IdentityPattern {
     Any,
     Exact(Identity),
@@ -141,7 +142,7 @@ impl IdentityPattern {
     }
 }
 
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct NetworkMatch {
     pub cidr: IpNet,
     pub except: Vec<IpNet>,
@@ -164,7 +165,7 @@ impl fmt::Display for NetworkMatch {
     }
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AuthorizationPolicy {
     pub key: ObjectKey,
     pub target: PolicyTarget,
@@ -172,7 +173,7 @@ pub struct AuthorizationPolicy {
     pub required: Vec<AuthenticationRef>,
 }
 
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum PolicyTarget {
     Server(Arc<str>),
     Namespace,
@@ -184,21 +185,21 @@ pub enum PolicyTarget {
     },
 }
 
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum AuthenticationRef {
     MeshTls { namespace: Arc<str>, name: Arc<str> },
     Network { namespace: Arc<str>, name: Arc<str> },
     ServiceAccount { namespace: Arc<str>, name: Arc<str> },
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MeshTlsAuthentication {
     pub key: ObjectKey,
     /// Any of them.
     pub identities: Vec<IdentityPattern>,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct NetworkAuthentication {
     pub key: ObjectKey,
     pub networks: Vec<NetworkMatch>,
