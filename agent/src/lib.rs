@@ -3,9 +3,11 @@
 //! The rooms, in the order of the data's way. A room knows those before it and the plain types of
 //! `state`; `app` alone knows all of them and wires them together.
 //!
-//! 1. [`k8s`] turns Kubernetes objects into plain types; [`local`] feeds it from a directory.
+//! 1. [`k8s`] watches the API server and turns its objects into plain types; [`local`] feeds them
+//!    from a directory.
 //! 2. [`state`] holds what we know and answers: who is it, where to, may it.
-//! 3. [`identity`] holds who we are: keys, certificates, TLS configurations.
+//! 3. [`identity`] holds who we are: keys, certificates, TLS configurations; [`control`] asks the
+//!    cluster's signer for them.
 //! 4. [`datapath`] tells the kernel: programs, devices, listeners, sockets in pods.
 //! 5. [`proxy`] lives a connection's story.
 //! 6. [`metrics`], [`access_log`], [`admin`] show what happened.
@@ -24,6 +26,8 @@ pub mod app;
 pub mod cni;
 #[cfg(feature = "agent")]
 pub mod config;
+#[cfg(feature = "agent")]
+pub mod control;
 #[cfg(feature = "agent")]
 pub mod datapath;
 #[cfg(feature = "agent")]

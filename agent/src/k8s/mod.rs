@@ -6,11 +6,22 @@
 //! it never looks at another object, and never at the network or the clock.
 #![forbid(unsafe_code)]
 
+pub mod client;
 pub mod convert;
+pub mod crd;
+pub mod events;
 mod field;
+mod foreign;
 pub mod network_policy;
+mod object;
 pub mod policy;
+pub mod removal;
+mod resources;
+mod share;
+pub mod status;
+pub mod watch;
 pub mod words;
 
 pub use convert::Converter;
 pub use field::FieldError;
+pub use object::Seen;

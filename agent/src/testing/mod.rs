@@ -1,3 +1,5 @@
 //! Builders for tests.
 
+#[cfg(test)]
+pub(crate) mod api;
 pub mod manifests;

@@ -1,0 +1,158 @@
+//! An object as the API server sent it: its text, and what of its metadata a watch needs.
+//!
+//! One type for all kinds, so that watching, listing and recovering are compiled once and not for
+//! every type that Kubernetes knows; and one object that does not fit its type does not spoil the
+//! list that it stands in. What is kept of an object is what the conversion makes of the text.
+
+use std::borrow::Cow;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::{Resource, core::ApiResource, core::DynamicResourceScope};
+use serde::{Deserialize, Deserializer, de::DeserializeOwned, de::Error as _};
+use serde_json::value::RawValue;
+
+use super::FieldError;
+
+#[derive(Clone, Debug)]
+pub struct Seen {
+    /// Name, namespace, uid, resource version; nothing else.
+    metadata: ObjectMeta,
+    text: Box<RawValue>,
+}
+
+/// All of it may be missing as far as this is concerned: it is the conversion that judges.
+#[derive(Deserialize)]
+struct Head {
+    #[serde(default)]
+    metadata: HeadMeta,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct HeadMeta {
+    name: Option<String>,
+    namespace: Option<String>,
+    uid: Option<String>,
+    resource_version: Option<String>,
+}
+
+impl Seen {
+    pub fn name(&self) -> &str {
+        self.metadata.name.as_deref().unwrap_or_default()
+    }
+
+    /// Empty for an object of the whole cluster.
+    pub fn namespace(&self) -> &str {
+        self.metadata.namespace.as_deref().unwrap_or_default()
+    }
+
+    pub fn uid(&self) -> &str {
+        self.metadata.uid.as_deref().unwrap_or_default()
+    }
+
+    pub fn resource_version(&self) -> &str {
+        self.metadata
+            .resource_version
+            .as_deref()
+            .unwrap_or_default()
+    }
+
+    /// Its text as a type of Kubernetes or of our own.
+    ///
+    /// Through an erased deserializer: otherwise the compiler makes a parser for every type that a
+    /// Pod can contain, once more for this source.
+    pub fn parse<T: DeserializeOwned>(&self) -> Result<T, FieldError> {
+        let mut json = serde_json::Deserializer::from_str(self.text.get());
+        let mut erased = <dyn erased_serde::Deserializer<'_>>::erase(&mut json);
+        let erased: &mut dyn erased_serde::Deserializer<'_> = &mut erased;
+        serde_path_to_error::deserialize(erased).map_err(|error| FieldError {
+            field: error.path().to_string(),
+            value: String::new(),
+            problem: error.into_inner().to_string(),
+            remedy: "correct it, or delete the object".into(),
+        })
+    }
+}
+
+impl<'de> Deserialize<'de> for Seen {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        let text = Box::<RawValue>::deserialize(from)?;
+        let Head { metadata: head } = serde_json::from_str(text.get()).map_err(D::Error::custom)?;
+        let metadata = ObjectMeta {
+            name: head.name,
+            namespace: head.namespace,
+            uid: head.uid,
+            resource_version: head.resource_version,
+            ..ObjectMeta::default()
+        };
+        Ok(Self { metadata, text })
+    }
+}
+
+impl Resource for Seen {
+    type DynamicType = ApiResource;
+    type Scope = DynamicResourceScope;
+
+    fn kind(of: &ApiResource) -> Cow<'_, str> {
+        Cow::Borrowed(&of.kind)
+    }
+
+    fn group(of: &ApiResource) -> Cow<'_, str> {
+        Cow::Borrowed(&of.group)
+    }
+
+    fn version(of: &ApiResource) -> Cow<'_, str> {
+        Cow::Borrowed(&of.version)
+    }
+
+    fn plural(of: &ApiResource) -> Cow<'_, str> {
+        Cow::Borrowed(&of.plural)
+    }
+
+    fn meta(&self) -> &ObjectMeta {
+        &self.metadata
+    }
+
+    fn meta_mut(&mut self) -> &mut ObjectMeta {
+        &mut self.metadata
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::api::core::v1::Pod;
+    use kube::core::{ObjectList, WatchEvent};
+
+    use super::*;
+
+    #[test]
+    fn an_object_that_fits_no_type_does_not_spoil_its_list() {
+        let list: ObjectList<Seen> = serde_json::from_str(
+            r#"{"kind": "PodList", "apiVersion": "v1", "metadata": {"resourceVersion": "7"},
+                "items": [{"metadata": {"name": "a", "namespace": "n"}, "spec": 7},
+                          {"metadata": {"name": "b", "uid": "u", "resourceVersion": "5"}}]}"#,
+        )
+        .unwrap();
+        let [bad, good] = &list.items[..] else {
+            panic!("{list:?}")
+        };
+        assert_eq!((bad.namespace(), bad.name()), ("n", "a"));
+        assert_eq!((good.uid(), good.resource_version()), ("u", "5"));
+        let error = bad.parse::<Pod>().unwrap_err();
+        assert_eq!(error.field, "spec");
+        assert!(good.parse::<Pod>().is_ok());
+    }
+
+    #[test]
+    fn a_watch_event_gives_the_text_too() {
+        let event: WatchEvent<Seen> = serde_json::from_str(
+            r#"{"type": "ADDED", "object": {"metadata": {"name": "a"}, "x": [1]}}"#,
+        )
+        .unwrap();
+        let WatchEvent::Added(seen) = event else {
+            panic!("{event:?}")
+        };
+        assert_eq!(seen.name(), "a");
+        assert!(seen.text.get().contains("[1]"));
+    }
+}

@@ -1,0 +1,359 @@
+//! What all watches together have told: the objects, and what is wrong with those that do not read.
+//!
+//! Pure but for the strings it shares; the room's one writer owns it. A kind counts as known when
+//! its first list is complete or its definition is known to be missing. An object that does not
+//! read keeps the state it had when it last did, and is named among the faults until it reads
+//! again or is gone.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    fmt,
+    sync::Arc,
+};
+
+use super::{
+    super::{Converter, FieldError, Seen, foreign::Foreign, share::Strings},
+    follow::{Told, Watched},
+};
+use crate::state::{
+    ObjectKey, PodUid,
+    objects::{EndpointSlice, Kind, Namespace, Object, Objects, Pod, SliceEndpoint},
+};
+
+/// An object of a kind that the mesh reads, and that does not read.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Fault {
+    pub kind: &'static str,
+    /// Empty for an object of the whole cluster.
+    pub namespace: String,
+    pub name: String,
+    pub uid: String,
+    pub api_version: String,
+    /// Names field, value and remedy.
+    pub message: String,
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ", self.kind)?;
+        if !self.namespace.is_empty() {
+            write!(f, "{}/", self.namespace)?;
+        }
+        write!(f, "{}: {}", self.name, self.message)
+    }
+}
+
+type Name = (Arc<str>, Arc<str>);
+
+pub(super) struct Index {
+    converter: Converter,
+    node: Arc<str>,
+    objects: Objects,
+    strings: Strings,
+    faults: BTreeMap<(Kind, Name), Fault>,
+    /// Pods are kept by uid; a watch names them.
+    pods: HashMap<Name, PodUid>,
+    kinds: HashMap<Watched, Known>,
+    foreign: Foreign,
+    /// Pods, namespaces or foreign policies have changed since they were last judged.
+    unjudged: bool,
+    /// Slices as the API server has them, where what is in force is kinder.
+    held: BTreeMap<ObjectKey, EndpointSlice>,
+}
+
+/// How far a kind is known.
+#[derive(Default)]
+struct Known {
+    complete: bool,
+    /// Names that the list under way has shown.
+    listed: Option<BTreeSet<Name>>,
+}
+
+impl Index {
+    pub(super) fn new(converter: Converter, node: Arc<str>) -> Self {
+        Self {
+            converter,
+            node,
+            objects: Objects::default(),
+            strings: Strings::default(),
+            faults: BTreeMap::new(),
+            pods: HashMap::new(),
+            kinds: Watched::all().map(|of| (of, Known::default())).collect(),
+            foreign: Foreign::default(),
+            unjudged: false,
+            held: BTreeMap::new(),
+        }
+    }
+
+    /// What an agent before knew: each kind counts until its own first list is complete.
+    pub(super) fn begin_with(&mut self, before: Objects) {
+        for object in before.each() {
+            self.put(object);
+        }
+    }
+
+    pub(super) fn objects(&self) -> &Objects {
+        &self.objects
+    }
+
+    pub(super) fn faults(&self) -> impl Iterator<Item = &Fault> {
+        self.faults.values()
+    }
+
+    /// Every kind is known.
+    pub(super) fn is_complete(&self) -> bool {
+        self.kinds.values().all(|known| known.complete)
+    }
+
+    /// Those that are not known yet.
+    pub(super) fn awaited(&self) -> Vec<&'static str> {
+        let mut awaited: Vec<_> = self
+            .kinds
+            .iter()
+            .filter(|(_, known)| !known.complete)
+            .map(|(of, _)| of.resource().kind)
+            .collect();
+        awaited.sort_unstable();
+        awaited
+    }
+
+    /// Takes in what a watch has told. `doubtful`: the API server may not know yet who is ready.
+    /// `true`: the objects are not what they were.
+    pub(super) fn hear(&mut self, of: Watched, told: Told, doubtful: bool) -> bool {
+        match told {
+            Told::Listing => {
+                self.known(of).listed = Some(BTreeSet::new());
+                false
+            }
+            Told::Listed => self.end_list(of),
+            // There are none.
+            Told::Absent => {
+                self.known(of).listed = Some(BTreeSet::new());
+                self.end_list(of)
+            }
+            Told::There { seen, api_version } => {
+                if let Some(listed) = &mut self.known(of).listed {
+                    listed.insert(name_of(&seen));
+                }
+                match of {
+                    Watched::Mesh(kind) => self.apply(kind, &seen, &api_version, doubtful),
+                    Watched::Foreign(kind) => {
+                        self.judged_anew(|foreign| foreign.apply(kind, &seen))
+                    }
+                }
+            }
+            Told::Gone(seen) => match of {
+                Watched::Mesh(kind) => {
+                    let name = name_of(&seen);
+                    self.faults.remove(&(kind, name.clone()));
+                    self.take(kind, &name)
+                }
+                Watched::Foreign(kind) => self.judged_anew(|foreign| foreign.delete(kind, &seen)),
+            },
+            Told::Failed { .. } => false,
+        }
+    }
+
+    fn known(&mut self, of: Watched) -> &mut Known {
+        self.kinds.entry(of).or_default()
+    }
+
+    /// Only now it is certain who is gone.
+    fn end_list(&mut self, of: Watched) -> bool {
+        let known = self.known(of);
+        let first = !std::mem::replace(&mut known.complete, true);
+        let listed = known.listed.take().unwrap_or_default();
+        let changed = match of {
+            Watched::Mesh(kind) => self.keep_listed(kind, &listed),
+            Watched::Foreign(kind) => {
+                self.judged_anew(|foreign| foreign.retain(kind, |name| listed.contains(name)))
+            }
+        };
+        changed || first
+    }
+
+    fn judged_anew(&mut self, change: impl FnOnce(&mut Foreign) -> bool) -> bool {
+        let changed = change(&mut self.foreign);
+        self.unjudged |= changed;
+        changed
+    }
+
+    /// Finds out which pods stay outside because of a policy that only the CNI enforces.
+    pub(super) fn judge(&mut self) {
+        if !std::mem::take(&mut self.unjudged) {
+            return;
+        }
+        for pod in self.objects.pods.values_mut() {
+            let why = judgement(&self.foreign, &self.objects.namespaces, pod);
+            if why != pod.foreign_policy {
+                Arc::make_mut(pod).foreign_policy = why;
+            }
+        }
+    }
+
+    /// Everybody is as ready as the API server says.
+    pub(super) fn release(&mut self) -> bool {
+        let held = std::mem::take(&mut self.held).into_values();
+        held.fold(false, |changed, slice| {
+            self.objects.insert(Object::EndpointSlice(slice)) || changed
+        })
+    }
+
+    fn apply(&mut self, kind: Kind, seen: &Seen, api_version: &str, doubtful: bool) -> bool {
+        let name = name_of(seen);
+        match kind.read(seen, &self.converter) {
+            Ok(Some(object)) => {
+                self.faults.remove(&(kind, name.clone()));
+                // Nothing of a pod that has ended counts any more, its addresses least of all.
+                if let Object::Pod(pod) = &object
+                    && pod.terminal
+                {
+                    return self.take(kind, &name);
+                }
+                if let Object::EndpointSlice(slice) = object {
+                    return self.put_slice(slice, doubtful);
+                }
+                self.put(object)
+            }
+            // It may have had a meaning before.
+            Ok(None) => {
+                self.faults.remove(&(kind, name.clone()));
+                self.take(kind, &name)
+            }
+            Err(error) => {
+                let fault = fault(kind, seen, api_version, &error);
+                self.faults.insert((kind, name.clone()), fault);
+                // Of a pod with this name and another uid nothing is left.
+                let other = self.pods.get(&name).is_some_and(|uid| **uid != *seen.uid());
+                kind == Kind::Pod && other && self.take(kind, &name)
+            }
+        }
+    }
+
+    /// In doubt, who was ready stays so unless it is being deleted or gone.
+    fn put_slice(&mut self, mut slice: EndpointSlice, doubtful: bool) -> bool {
+        self.held.remove(&slice.key);
+        let known = self.objects.endpoint_slices.get(&slice.key).cloned();
+        if let Some(known) = known.filter(|_| doubtful) {
+            let told = slice.clone();
+            for endpoint in &mut slice.endpoints {
+                let same = |before: &&SliceEndpoint| {
+                    before.pod == endpoint.pod && before.addresses == endpoint.addresses
+                };
+                let lives = endpoint.pod.as_ref().is_none_or(|uid| {
+                    let pod = self.objects.pods.get(uid);
+                    pod.is_some_and(|pod| !pod.terminating)
+                });
+                if let Some(before) = known.endpoints.iter().find(same)
+                    && lives
+                    && !endpoint.terminating
+                {
+                    endpoint.ready |= before.ready;
+                    endpoint.serving |= before.serving;
+                }
+            }
+            if slice != told {
+                self.held.insert(told.key.clone(), told);
+            }
+        }
+        self.put(Object::EndpointSlice(slice))
+    }
+
+    fn put(&mut self, mut object: Object) -> bool {
+        if let Object::Pod(pod) = &mut object {
+            if pod.node.as_ref() != Some(&self.node) {
+                reduce(pod);
+            }
+            pod.foreign_policy = judgement(&self.foreign, &self.objects.namespaces, pod);
+        }
+        self.unjudged |= matches!(object, Object::Namespace(_)) && !self.foreign.is_empty();
+        self.strings.object(&mut object);
+        let mut changed = false;
+        if let Object::Pod(pod) = &object {
+            let name = (Arc::clone(&pod.key.namespace), Arc::clone(&pod.key.name));
+            let before = self.pods.insert(name, Arc::clone(&pod.uid));
+            if let Some(before) = before.filter(|before| *before != pod.uid) {
+                changed = self.objects.pods.remove(&before).is_some();
+            }
+        }
+        self.objects.insert(object) || changed
+    }
+
+    fn take(&mut self, kind: Kind, name: &Name) -> bool {
+        if kind == Kind::Pod {
+            let uid = self.pods.remove(name);
+            return uid.is_some_and(|uid| self.objects.pods.remove(&uid).is_some());
+        }
+        let key = self.key(name);
+        if kind == Kind::EndpointSlice {
+            self.held.remove(&key);
+        }
+        self.objects.remove(kind, &key)
+    }
+
+    fn keep_listed(&mut self, kind: Kind, listed: &BTreeSet<Name>) -> bool {
+        self.faults
+            .retain(|(of, name), _| *of != kind || listed.contains(name));
+        if kind == Kind::Pod {
+            self.pods.retain(|name, _| listed.contains(name));
+        }
+        if kind == Kind::EndpointSlice {
+            let names = |key: &ObjectKey| (Arc::clone(&key.namespace), Arc::clone(&key.name));
+            self.held.retain(|key, _| listed.contains(&names(key)));
+        }
+        self.objects.retain(kind, |key| {
+            listed.contains(&(Arc::clone(&key.namespace), Arc::clone(&key.name)))
+        })
+    }
+
+    fn key(&self, (namespace, name): &Name) -> ObjectKey {
+        ObjectKey {
+            cluster: self.converter.cluster().into(),
+            namespace: Arc::clone(namespace),
+            name: Arc::clone(name),
+        }
+    }
+}
+
+fn judgement(
+    foreign: &Foreign,
+    namespaces: &BTreeMap<ObjectKey, Arc<Namespace>>,
+    pod: &Pod,
+) -> Option<Arc<str>> {
+    if foreign.is_empty() {
+        return None;
+    }
+    let namespace = namespaces.get(&ObjectKey {
+        cluster: Arc::clone(&pod.key.cluster),
+        namespace: "".into(),
+        name: Arc::clone(&pod.key.namespace),
+    });
+    let labels = namespace.map(|namespace| &namespace.labels);
+    foreign.selecting(pod, labels).map(Arc::from)
+}
+
+fn name_of(seen: &Seen) -> Name {
+    (seen.namespace().into(), seen.name().into())
+}
+
+/// A pod of another node: what its own agent looks after goes. Ports stay where somebody may ask
+/// for them by name, or where the node gives its own to them.
+fn reduce(pod: &mut Pod) {
+    pod.ports
+        .retain(|port| port.name.is_some() || port.host_port.is_some());
+    pod.ports.shrink_to_fit();
+    pod.words.problems = Vec::new();
+    pod.words.skip_outbound = None;
+    pod.words.opaque_ports = None;
+}
+
+fn fault(kind: Kind, seen: &Seen, api_version: &str, error: &FieldError) -> Fault {
+    Fault {
+        kind: kind.as_str(),
+        namespace: seen.namespace().to_owned(),
+        name: seen.name().to_owned(),
+        uid: seen.uid().to_owned(),
+        api_version: api_version.to_owned(),
+        message: error.to_string(),
+    }
+}

@@ -1,0 +1,364 @@
+//! An API server of a few lines, at the level of HTTP: collections of objects that are listed in
+//! pages and watched, definitions that come and go, and the ways in which a real one fails.
+
+use std::{
+    collections::BTreeMap,
+    convert::Infallible,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+};
+
+use bytes::Bytes;
+use futures_util::stream;
+use http::{Method, Request, Response, StatusCode};
+use http_body_util::{BodyExt, StreamBody};
+use hyper::body::Frame;
+use kube::client::{Body, Client};
+use parking_lot::Mutex;
+use serde_json::{Value, json};
+use tokio::sync::mpsc;
+
+const DEFINITIONS: &str = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
+
+/// Cheap to copy; all copies are the same server.
+#[derive(Clone, Default)]
+pub(crate) struct Api(Arc<Inner>);
+
+#[derive(Default)]
+struct Inner {
+    collections: Mutex<BTreeMap<String, Collection>>,
+    version: AtomicU64,
+    /// Nothing answers.
+    away: AtomicBool,
+    /// Requests so far, as `VERB path`.
+    log: Mutex<Vec<String>>,
+}
+
+#[derive(Default)]
+struct Collection {
+    /// By `namespace/name`.
+    objects: BTreeMap<String, Value>,
+    watches: Vec<mpsc::UnboundedSender<String>>,
+    /// Versions before this one are forgotten: a watch from there is told 410.
+    forgotten: u64,
+}
+
+impl Api {
+    pub(crate) fn client(&self) -> Client {
+        let api = self.clone();
+        let service = tower::service_fn(move |request: Request<Body>| {
+            let api = api.clone();
+            async move { api.answer(request).await }
+        });
+        Client::new(service, "default")
+    }
+
+    /// Makes or changes an object; `collection` like `/api/v1/pods`.
+    pub(crate) fn put(&self, collection: &str, mut object: Value) {
+        let version = self.next();
+        object["metadata"]["resourceVersion"] = json!(version.to_string());
+        let name = name_of(&object);
+        let mut collections = self.0.collections.lock();
+        let collection = collections.entry(collection.to_owned()).or_default();
+        let known = collection.objects.insert(name, object.clone());
+        let event = if known.is_some() { "MODIFIED" } else { "ADDED" };
+        collection.tell(event, &object);
+    }
+
+    pub(crate) fn delete(&self, collection: &str, name: &str) {
+        let version = self.next();
+        let mut collections = self.0.collections.lock();
+        let collection = collections.entry(collection.to_owned()).or_default();
+        if let Some(mut object) = collection.objects.remove(name) {
+            object["metadata"]["resourceVersion"] = json!(version.to_string());
+            collection.tell("DELETED", &object);
+        }
+    }
+
+    pub(crate) fn get(&self, collection: &str, name: &str) -> Option<Value> {
+        let collections = self.0.collections.lock();
+        collections.get(collection)?.objects.get(name).cloned()
+    }
+
+    pub(crate) fn all(&self, collection: &str) -> Vec<Value> {
+        let collections = self.0.collections.lock();
+        let objects = collections.get(collection).map(|known| &known.objects);
+        objects
+            .into_iter()
+            .flat_map(|known| known.values().cloned())
+            .collect()
+    }
+
+    /// Serves a kind that is defined, as `plural.group` in `version`.
+    pub(crate) fn define(&self, plural: &str, group: &str, version: &str) {
+        let served = json!({"group": group, "version": version, "plural": plural});
+        let name = format!("{plural}.{group}");
+        self.put(
+            DEFINITIONS,
+            json!({"metadata": {"name": name}, "served": served}),
+        );
+    }
+
+    pub(crate) fn undefine(&self, plural: &str, group: &str) {
+        self.delete(DEFINITIONS, &format!("/{plural}.{group}"));
+    }
+
+    /// Goes away with all its connections, or comes back.
+    pub(crate) fn set_away(&self, away: bool) {
+        self.0.away.store(away, Ordering::Release);
+        if away {
+            for collection in self.0.collections.lock().values_mut() {
+                collection.watches.clear();
+            }
+        }
+    }
+
+    /// Forgets what happened, and tells watches so.
+    pub(crate) fn forget(&self, collection: &str) {
+        let version = self.next();
+        let mut collections = self.0.collections.lock();
+        let collection = collections.entry(collection.to_owned()).or_default();
+        collection.forgotten = version;
+        for watch in std::mem::take(&mut collection.watches) {
+            let _gone = watch.send(expired());
+        }
+    }
+
+    /// What happens to a collection while nobody is told: its watches are cut, silently.
+    pub(crate) fn cut(&self, collection: &str) {
+        let mut collections = self.0.collections.lock();
+        let collection = collections.entry(collection.to_owned()).or_default();
+        collection.watches.clear();
+    }
+
+    pub(crate) fn requests(&self) -> Vec<String> {
+        self.0.log.lock().clone()
+    }
+
+    fn next(&self) -> u64 {
+        self.0.version.fetch_add(1, Ordering::AcqRel) + 1
+    }
+
+    async fn answer(self, request: Request<Body>) -> Result<Response<Body>, std::io::Error> {
+        if self.0.away.load(Ordering::Acquire) {
+            return Err(std::io::Error::from(std::io::ErrorKind::ConnectionRefused));
+        }
+        let (parts, body) = request.into_parts();
+        let path = parts.uri.path().to_owned();
+        self.0.log.lock().push(format!("{} {path}", parts.method));
+        let query: BTreeMap<_, _> = parts
+            .uri
+            .query()
+            .unwrap_or_default()
+            .split('&')
+            .filter_map(|pair| pair.split_once('='))
+            .collect();
+        let body = body
+            .collect()
+            .await
+            .map_err(std::io::Error::other)?
+            .to_bytes();
+        if parts.method == Method::GET {
+            return Ok(self.read(&path, &query));
+        }
+        let body: Value = serde_json::from_slice(&body)?;
+        Ok(self.write(&parts.method, &path, body))
+    }
+
+    fn read(&self, path: &str, query: &BTreeMap<&str, &str>) -> Response<Body> {
+        if let Some(resources) = self.resources(path) {
+            return resources;
+        }
+        if !self.is_served(path) {
+            return status(StatusCode::NOT_FOUND, "no such kind");
+        }
+        let now = self.0.version.load(Ordering::Acquire);
+        let mut collections = self.0.collections.lock();
+        // One object: a list always has a limit.
+        if query.is_empty() {
+            let (parent, name) = path.rsplit_once('/').unwrap_or_default();
+            let objects = collections.get(parent).map(|known| known.objects.values());
+            let found = objects
+                .into_iter()
+                .flatten()
+                .find(|object| object["metadata"]["name"] == *name);
+            return found.map_or_else(|| status(StatusCode::NOT_FOUND, "not found"), json_of);
+        }
+        let one = query
+            .get("fieldSelector")
+            .and_then(|field| field.strip_prefix("metadata.name%3D"));
+        let collection = collections.entry(path.to_owned()).or_default();
+        let passes = |object: &&Value| one.is_none_or(|name| object["metadata"]["name"] == *name);
+        if query.contains_key("watch") {
+            let from = query
+                .get("resourceVersion")
+                .and_then(|from| from.parse().ok());
+            let from: u64 = from.unwrap_or_default();
+            if from < collection.forgotten {
+                return json_body(expired());
+            }
+            let (tell, told) = mpsc::unbounded_channel();
+            // What has happened since; deletions are not remembered, as after a cut.
+            for object in collection.objects.values().filter(passes) {
+                if version_of(object) > from {
+                    let _new = tell.send(event("MODIFIED", object));
+                }
+            }
+            collection.watches.push(tell);
+            return streamed(told);
+        }
+        let limit = query.get("limit").and_then(|limit| limit.parse().ok());
+        let limit: usize = limit.unwrap_or(usize::MAX);
+        let skip = query.get("continue").and_then(|at| at.parse().ok());
+        let skip: usize = skip.unwrap_or_default();
+        let all: Vec<_> = collection.objects.values().filter(passes).collect();
+        let page: Vec<_> = all.iter().skip(skip).take(limit).collect();
+        let more = skip + page.len() < all.len();
+        let rest = if more {
+            json!((skip + page.len()).to_string())
+        } else {
+            Value::Null
+        };
+        json_of(&json!({
+            "kind": "List", "apiVersion": "v1",
+            "metadata": {"resourceVersion": now.to_string(), "continue": rest},
+            "items": page,
+        }))
+    }
+
+    fn write(&self, method: &Method, path: &str, body: Value) -> Response<Body> {
+        if *method == Method::POST {
+            let mut object = body;
+            if object["metadata"]["name"].is_null() {
+                let stem = object["metadata"]["generateName"]
+                    .as_str()
+                    .unwrap_or_default();
+                object["metadata"]["name"] = json!(format!("{stem}{}", self.next()));
+            }
+            if self.get(path, &name_of(&object)).is_some() {
+                return status(StatusCode::CONFLICT, "already exists");
+            }
+            self.put(path, object.clone());
+            return json_of(&object);
+        }
+        // PATCH of a status.
+        let path = path.trim_end_matches("/status");
+        let Some((collection, name)) = path.rsplit_once('/') else {
+            return status(StatusCode::NOT_FOUND, "not found");
+        };
+        let Some(mut object) = self.get(collection, &format!("/{name}")) else {
+            return status(StatusCode::NOT_FOUND, "not found");
+        };
+        object["status"] = body["status"].clone();
+        self.put(collection, object.clone());
+        json_of(&object)
+    }
+
+    /// Kinds of `/apis/group/version`.
+    fn resources(&self, path: &str) -> Option<Response<Body>> {
+        let (group, version) = path.strip_prefix("/apis/")?.split_once('/')?;
+        if version.contains('/') {
+            return None;
+        }
+        let served: Vec<_> = self
+            .all(DEFINITIONS)
+            .into_iter()
+            .map(|definition| definition["served"].clone())
+            .filter(|served| served["group"] == *group && served["version"] == *version)
+            .map(|served| {
+                json!({"name": served["plural"], "singularName": "", "namespaced": true,
+                       "kind": "K", "verbs": ["list", "watch"]})
+            })
+            .collect();
+        Some(if served.is_empty() {
+            status(StatusCode::NOT_FOUND, "no such group")
+        } else {
+            json_of(&json!({
+                "kind": "APIResourceList", "groupVersion": format!("{group}/{version}"),
+                "resources": served,
+            }))
+        })
+    }
+
+    fn is_served(&self, path: &str) -> bool {
+        let Some((group, rest)) = path
+            .strip_prefix("/apis/")
+            .and_then(|path| path.split_once('/'))
+        else {
+            return true;
+        };
+        if group.ends_with(".k8s.io") && group != "policy.networking.k8s.io"
+            || group == "apps"
+            || group == "picomesh.io"
+        {
+            return true;
+        }
+        let plural = rest.rsplit('/').next().unwrap_or_default();
+        self.all(DEFINITIONS).iter().any(|definition| {
+            definition["served"]["group"] == *group && definition["served"]["plural"] == *plural
+        })
+    }
+}
+
+impl Collection {
+    fn tell(&mut self, what: &str, object: &Value) {
+        let line = event(what, object);
+        self.watches
+            .retain(|watch| watch.send(line.clone()).is_ok());
+    }
+}
+
+fn name_of(object: &Value) -> String {
+    let part = |field: &str| {
+        object["metadata"][field]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned()
+    };
+    format!("{}/{}", part("namespace"), part("name"))
+}
+
+fn version_of(object: &Value) -> u64 {
+    let version = object["metadata"]["resourceVersion"].as_str();
+    version
+        .and_then(|version| version.parse().ok())
+        .unwrap_or_default()
+}
+
+fn event(what: &str, object: &Value) -> String {
+    // As a real one writes it: what it is comes first.
+    format!("{{\"type\":\"{what}\",\"object\":{object}}}\n")
+}
+
+fn expired() -> String {
+    let status = json!({"kind": "Status", "status": "Failure", "reason": "Expired", "code": 410,
+                        "message": "too old resource version"});
+    event("ERROR", &status)
+}
+
+fn status(code: StatusCode, reason: &str) -> Response<Body> {
+    let body = json!({"kind": "Status", "status": "Failure", "reason": reason,
+                      "message": reason, "code": code.as_u16()});
+    let mut response = json_of(&body);
+    *response.status_mut() = code;
+    response
+}
+
+fn json_of(value: &Value) -> Response<Body> {
+    json_body(value.to_string())
+}
+
+fn json_body(text: String) -> Response<Body> {
+    Response::new(Body::from(text.into_bytes()))
+}
+
+fn streamed(told: mpsc::UnboundedReceiver<String>) -> Response<Body> {
+    let frames = stream::unfold(told, |mut told| async {
+        let line = told.recv().await?;
+        let frame = Ok::<_, Infallible>(Frame::data(Bytes::from(line)));
+        Some((frame, told))
+    });
+    Response::new(Body::wrap_body(StreamBody::new(frames)))
+}
