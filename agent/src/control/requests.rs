@@ -1,0 +1,166 @@
+//! One certificate: a CertificateSigningRequest is made, and looked at until it is answered.
+//!
+//! The request carries the identity for whoever decides; who asks and from which node the API
+//! server writes beside it, out of the agent's own token.
+
+use std::{future::Future, pin::Pin, sync::Arc, time::Duration};
+
+use k8s_openapi::{
+    ByteString,
+    api::certificates::v1::{CertificateSigningRequest, CertificateSigningRequestSpec},
+};
+use kube::{Api, Client, ResourceExt, api::ObjectMeta, api::PostParams};
+use rustls::pki_types::{CertificateDer, pem::PemObject};
+use tokio::{sync::watch, time::sleep};
+use tracing::debug;
+
+use super::{SIGNER, TRUST_ROOTS};
+use crate::{
+    identity::{Bundle, SignError, Signed, Signer},
+    state::Identity,
+};
+
+/// Kubernetes allows no shorter life of a certificate.
+const SHORTEST_LIFE: Duration = Duration::from_secs(600);
+const FIRST_LOOK: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// Ours have one leaf and one issuer.
+const MAX_CHAIN: usize = 8;
+
+/// Asks the cluster's signer.
+pub struct ClusterSigner {
+    requests: Api<CertificateSigningRequest>,
+    /// Asked for; the signer bounds it.
+    life: Duration,
+    bundle: watch::Receiver<Arc<Bundle>>,
+}
+
+impl ClusterSigner {
+    /// `bundle` as [`super::roots`] follows it.
+    pub fn new(client: Client, life: Duration, bundle: watch::Receiver<Arc<Bundle>>) -> Arc<Self> {
+        Arc::new(Self {
+            requests: Api::all(client),
+            life: life.max(SHORTEST_LIFE),
+            bundle,
+        })
+    }
+
+    async fn ask(&self, identity: &Identity, csr: Vec<u8>) -> Result<Signed, SignError> {
+        if self.bundle.borrow().anchors.is_empty() {
+            return Err(SignError::Unavailable(format!(
+                "the ConfigMap {TRUST_ROOTS} is not there yet, so no answer could be checked; the \
+                 signer makes it"
+            )));
+        }
+        let request = CertificateSigningRequest {
+            metadata: ObjectMeta {
+                generate_name: Some("picomesh-".into()),
+                ..ObjectMeta::default()
+            },
+            spec: CertificateSigningRequestSpec {
+                request: ByteString(pem(&csr)),
+                signer_name: SIGNER.into(),
+                expiration_seconds: i32::try_from(self.life.as_secs()).ok(),
+                usages: Some(
+                    ["digital signature", "client auth", "server auth"]
+                        .map(str::to_owned)
+                        .into(),
+                ),
+                ..CertificateSigningRequestSpec::default()
+            },
+            status: None,
+        };
+        let unavailable =
+            |doing| move |error: kube::Error| SignError::Unavailable(format!("{doing}: {error}"));
+        let params = PostParams::default();
+        let made = self.requests.create(&params, &request).await;
+        let made = made.map_err(unavailable("making a CertificateSigningRequest"))?;
+        let name = made.name_any();
+        debug!(%identity, request = name, "a certificate is asked for");
+
+        // Whoever waits for us gives up by dropping this.
+        let mut pause = FIRST_LOOK;
+        loop {
+            sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+            let now = self
+                .requests
+                .get_opt(&name)
+                .await
+                .map_err(unavailable("reading the CertificateSigningRequest"))?;
+            let Some(now) = now else {
+                return Err(SignError::Unavailable(format!(
+                    "the CertificateSigningRequest {name} was deleted before it was answered"
+                )));
+            };
+            if let Some(answer) = answer(identity, &name, now) {
+                return answer;
+            }
+        }
+    }
+}
+
+impl Signer for ClusterSigner {
+    fn sign<'a>(
+        &'a self,
+        identity: &'a Identity,
+        csr: Vec<u8>,
+    ) -> Pin<Box<dyn Future<Output = Result<Signed, SignError>> + Send + 'a>> {
+        Box::pin(self.ask(identity, csr))
+    }
+
+    fn bundle(&self) -> watch::Receiver<Arc<Bundle>> {
+        self.bundle.clone()
+    }
+}
+
+/// `None`: there is none yet.
+fn answer(
+    identity: &Identity,
+    name: &str,
+    request: CertificateSigningRequest,
+) -> Option<Result<Signed, SignError>> {
+    let status = request.status.unwrap_or_default();
+    for condition in status.conditions.unwrap_or_default() {
+        let said = || {
+            let message = condition.message.clone().unwrap_or_default();
+            let reason = condition.reason.clone().unwrap_or_default();
+            match (reason.as_str(), message.as_str()) {
+                ("", "") => format!("{name}: no reason given"),
+                (one, "") | ("", one) => format!("{name}: {one}"),
+                (reason, message) => format!("{name}: {reason}: {message}"),
+            }
+        };
+        match condition.type_.as_str() {
+            "Denied" => {
+                return Some(Err(SignError::Refused {
+                    identity: identity.clone(),
+                    reason: said(),
+                }));
+            }
+            "Failed" => return Some(Err(SignError::Unavailable(said()))),
+            // Approved: the signer comes after the approver.
+            _ => {}
+        }
+    }
+    let certificate = status.certificate.filter(|pem| !pem.0.is_empty())?;
+    let chain = CertificateDer::pem_slice_iter(&certificate.0)
+        .take(MAX_CHAIN + 1)
+        .collect::<Result<Vec<_>, _>>();
+    Some(match chain {
+        Ok(chain) if (1..=MAX_CHAIN).contains(&chain.len()) => Ok(Signed { chain }),
+        Ok(chain) => Err(SignError::Unavailable(format!(
+            "{name}: status.certificate holds {} certificates, 1 to {MAX_CHAIN} are expected",
+            chain.len()
+        ))),
+        Err(error) => Err(SignError::Unavailable(format!(
+            "{name}: status.certificate is not PEM: {error}"
+        ))),
+    })
+}
+
+fn pem(csr: &[u8]) -> Vec<u8> {
+    let block = pem::Pem::new("CERTIFICATE REQUEST", csr);
+    let unix = pem::EncodeConfig::new().set_line_ending(pem::LineEnding::LF);
+    pem::encode_config(&block, unix).into_bytes()
+}
