@@ -10,46 +10,52 @@
 #![forbid(unsafe_code)]
 
 mod bpf_dir;
+mod cluster;
 pub mod desired;
 mod estate;
 mod keeping;
 mod place;
 mod run_dir;
 mod sockets;
+mod source;
 pub mod standing;
 mod views;
 
 use std::{
+    convert::Infallible,
     fs::OpenOptions,
     io,
     net::SocketAddr,
-    sync::{Arc, atomic::AtomicBool},
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use anyhow::Context;
-use futures_util::future::BoxFuture;
+use futures_util::{FutureExt, future::BoxFuture};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use parking_lot::Mutex;
 use picomesh_common::config::LAYOUT;
 use tokio::{
     runtime,
     signal::unix::{Signal, SignalKind, signal},
-    sync::{mpsc, oneshot, watch},
+    sync::{mpsc, watch},
     task::{AbortHandle, JoinHandle, spawn_blocking},
     time::{MissedTickBehavior, interval, sleep},
 };
-use tracing::{error, info, warn};
+use tracing::{info, warn};
 
 use crate::{
     access_log::{self, AccessLog},
     admin, allocator,
-    config::{AccessLogTarget, Config},
+    config::{self, AccessLogTarget, Config},
     datapath::{Datapath, DatapathSettings, Desired},
     drain::{Drain, Drained},
     handover::{self, predecessor::Progress},
     identity::{self, Identities, awaited::AwaitedCa, ca::LocalCa},
-    local,
     metrics::{Metrics, MetricsSettings},
     proxy::{Capacity, Caps, Proxy, ProxySettings, Surroundings, TunnelListeners},
     readiness::Readiness,
@@ -57,11 +63,12 @@ use crate::{
     telemetry::{self, LogFormat, LogLevel},
 };
 
+use crate::local::Netns;
 use estate::{Estate, HeldDirs};
 use keeping::{Keeper, Known};
-use local::Netns;
 use place::{Dirs, Heritage, Place};
 use sockets::SocketNames;
+use source::{Cluster, Source};
 
 pub use bpf_dir::{BpfDir, BpfDirError};
 pub use run_dir::{RunDir, RunDirError};
@@ -76,6 +83,8 @@ const TURN_AT_START: Duration = Duration::from_millis(100);
 const CALM: Duration = Duration::from_millis(20);
 /// For what has nothing to do with connections, once those have ended.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+/// How soon after the signal to end a removal of the mesh must show to count.
+const SHOWS: Duration = Duration::from_secs(5);
 /// A successor that repairs already waits for so long until all is as it should be before it lets
 /// the agent before go.
 const AS_READY: Duration = Duration::from_secs(10);
@@ -157,10 +166,23 @@ pub struct Agent {
     tasks: Vec<JoinHandle<()>>,
     /// Dropping it ends the datapath's loop, and leaves everything pinned.
     desired: Arc<watch::Sender<Desired>>,
+    /// Turns the mesh into what is desired.
+    follow_mesh: AbortHandle,
     /// How far a successor has come.
     progress: watch::Receiver<Progress>,
+    cluster: Option<OnCluster>,
     /// Held for as long as it is ours.
-    _dirs: HeldDirs,
+    dirs: HeldDirs,
+}
+
+/// What an agent on a cluster has besides.
+struct OnCluster {
+    /// The mesh is being taken off this cluster.
+    leaving: watch::Receiver<bool>,
+    /// How everything of ours is removed then.
+    removal: DatapathSettings,
+    /// Whoever finds this node's pods tells it here.
+    _found: watch::Sender<Netns>,
 }
 
 /// Where the agent listens; a configuration may ask for port 0.
@@ -251,46 +273,47 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
         &Objects::default(),
     )));
     let mesh_of = (settings.clone(), mesh.clone());
-    let (netns_told, netns) = watch::channel(Netns::new());
-    let (errors_told, load_errors) = watch::channel(Arc::default());
-    let (texts_told, texts) = watch::channel(Arc::default());
-    let outputs = local::Outputs {
-        netns: netns_told,
-        errors: errors_told,
-        texts: texts_told,
-    };
     let keeper = Keeper::new(&config);
-    let (read, was_read) = oneshot::channel::<()>();
-    let mut end = guard.clone();
-    let mut manifests = tokio::spawn(local::run(
-        (config.manifests.clone(), keeper.texts()),
-        mesh_of.0,
-        mesh_of.1,
-        outputs,
-        move || {
-            manifests_read.done();
-            // Only this start waits for it.
-            let _waiting = read.send(());
-        },
-        async move { end.begun().await },
-    ));
-    tokio::select! {
-        // Unsent, the reading has failed: the other branch knows why.
-        Ok(()) = was_read => {}
-        ended = &mut manifests => ended?.context("--manifests")?,
-    }
-    tasks.push(tokio::spawn(async move {
-        match manifests.await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => error!(%error, "the manifests are no longer read"),
-            Err(error) => error!(%error, "the manifests are no longer read"),
-        }
-    }));
+    let Source {
+        netns,
+        errors,
+        kept,
+        cluster,
+    } = Box::pin(Source::start(
+        &config,
+        &keeper,
+        mesh_of,
+        manifests_read,
+        guard.clone(),
+        &mut tasks,
+    ))
+    .await?;
+    let unknown = match cluster {
+        None => desired::SAY_NETNS,
+        Some(_) => desired::FIND_NETNS,
+    };
 
     // Who we are. Requests for certificates go out now, and are answered while the rest starts.
     let trust_domain = config.mesh.trust_domain.clone();
     let clock: Arc<dyn identity::clock::Clock> = Arc::new(identity::clock::SystemClock);
-    let (authority, watch, held) = authority(&config, clock, keeper.known())?;
+    let (authority, watch, held) = match (&config.source, &cluster) {
+        (config::Source::Local { ca_dir, .. }, _) => {
+            authority(&config, ca_dir, clock, keeper.known())?
+        }
+        (config::Source::Cluster { .. }, cluster) => {
+            let cluster = cluster.as_ref().context("a cluster without a client")?;
+            let (known, held) = keeper
+                .known()
+                .map_or((None, Vec::new()), |known| (Some(known.bundle), known.held));
+            let (signer, roots) = cluster::signer(
+                cluster.client.clone(),
+                cluster.namespace.clone(),
+                config.certificate_life,
+                known,
+            );
+            (signer as Arc<dyn identity::Signer>, roots.boxed(), held)
+        }
+    };
     tasks.push(tokio::spawn(watch));
     let bundle = authority.bundle();
     let (identities, manager) = Identities::start_with(
@@ -345,7 +368,7 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
 
     // The kernel: adopts what is pinned, then captures what is missing. From here on nobody else
     // repairs; each pod's listeners are put in the place of those before in one step.
-    let pods = desired::pods(&mesh.load(), &netns.borrow());
+    let pods = desired::pods(&mesh.load(), &netns.borrow(), unknown);
     let first = pods.desired.clone();
     let (desired, desired_seen) = watch::channel(pods.desired);
     let (lost, lost_seen) = watch::channel(Arc::new(pods.lost));
@@ -360,7 +383,7 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
         started: Instant::now(),
         readiness: readiness.clone(),
         mesh: mesh.clone(),
-        load_errors,
+        errors,
         metrics: metrics.clone(),
         access_log: access_log.clone(),
         identities: identities.clone(),
@@ -381,15 +404,18 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
 
     // From here on the mesh drives everything.
     let changes = mesh.subscribe();
-    tasks.push(tokio::spawn(follow_mesh(Follow {
+    let follow = tokio::spawn(follow_mesh(Follow {
         mesh,
         netns,
+        unknown,
         needed,
         identities: identities.clone(),
         desired: Arc::downgrade(&desired),
         lost,
         metrics,
-    })));
+    }));
+    let follow_mesh = follow.abort_handle();
+    tasks.push(follow);
     let settling = datapath.clone();
     tasks.push(tokio::spawn(async move {
         while !settling.is_settled() {
@@ -413,10 +439,24 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
     callers.move_in()?;
     accepting.push(serve(&mut tasks, socket.serve(answers, last_guard)));
 
+    // A cluster is told what was found here, and tells when the mesh is taken off.
+    let cluster = cluster.map(|cluster| {
+        let Cluster {
+            client,
+            namespace,
+            found,
+        } = cluster;
+        OnCluster {
+            leaving: cluster::begin(client, namespace, &shown, &mut tasks),
+            removal: datapath_settings(&config),
+            _found: found,
+        }
+    });
+
     // What the next one begins with if its sources are away.
     let writes = Arc::new(AtomicBool::new(true));
     tasks.push(tokio::spawn(keeper.keep(
-        texts,
+        kept,
         identities.clone(),
         bundle,
         writes.clone(),
@@ -464,8 +504,10 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
         last,
         tasks,
         desired,
+        follow_mesh,
         progress,
-        _dirs: dirs,
+        cluster,
+        dirs,
     })
 }
 
@@ -480,11 +522,12 @@ type Authority = (
 /// authority.
 fn authority(
     config: &Config,
+    dir: &Path,
     clock: Arc<dyn identity::clock::Clock>,
     known: Option<Known>,
 ) -> anyhow::Result<Authority> {
     let trust_domain = config.mesh.trust_domain.clone();
-    let (dir, life) = (&config.ca_dir, config.certificate_life);
+    let life = config.certificate_life;
     let Some(Known { bundle, held }) = known else {
         let authority = LocalCa::open(dir, trust_domain, life, clock)
             .with_context(|| format!("--ca-dir {}", dir.display()))?;
@@ -496,7 +539,7 @@ fn authority(
             warn!(%error, "--ca-dir: serving with the certificates of the agent before until it \
                    can be read");
             let place = identity::awaited::Place {
-                dir: dir.clone(),
+                dir: dir.to_owned(),
                 trust_domain,
                 life,
                 clock,
@@ -520,10 +563,21 @@ fn serve(
 
 impl Agent {
     /// Lets open connections finish until `deadline`. Everything in the kernel stays as it is: new
-    /// connections of captured pods wait for the next agent, they do not go out in plain.
+    /// connections of captured pods wait for the next agent, they do not go out in plain. Unless
+    /// the mesh is being taken off its cluster: then every pod leaves it, and nothing stays.
     pub async fn end(self, deadline: Duration) {
         info!(?deadline, "ending: open connections may finish");
-        match self.proxy.drain(deadline).await {
+        let removed = AtomicBool::new(false);
+        let drain = async {
+            // A removal that began this very moment shall still be heard of.
+            let least = self.cluster.as_ref().map_or(Duration::ZERO, |_| LAST_WORDS);
+            tokio::join!(self.proxy.drain(deadline), sleep(least)).0
+        };
+        let drained = tokio::select! {
+            drained = drain => drained,
+            never = self.leave_if_removed(&removed) => match never {},
+        };
+        match drained {
             Drained::Finished => info!("all connections have finished"),
             Drained::Forced => info!("the deadline passed, connections were cut"),
             Drained::Stuck => warn!("a data thread does not end, it is left behind"),
@@ -540,7 +594,44 @@ impl Agent {
         for task in self.tasks {
             task.abort();
         }
+        if let Some(on) = self.cluster
+            && removed.into_inner()
+        {
+            let dirs = self.dirs.lock().take();
+            remove(on.removal, dirs).await;
+        }
         info!("ended");
+    }
+
+    /// New connections of all pods go their old way from here on; those that we carry finish.
+    async fn leave_if_removed(&self, removed: &AtomicBool) -> Infallible {
+        if let Some(on) = &self.cluster
+            && cluster::removal_shows(on.leaving.clone(), SHOWS).await
+            // Whoever was succeeded has nothing left to take out.
+            && self.dirs.lock().is_some()
+        {
+            info!("the mesh is being taken off this cluster: every pod leaves it");
+            removed.store(true, Ordering::Release);
+            self.follow_mesh.abort();
+            self.desired.send_replace(Arc::default());
+        }
+        std::future::pending().await
+    }
+}
+
+/// Every trace in the kernel and in our directories.
+async fn remove(settings: DatapathSettings, dirs: Option<Dirs>) {
+    if let Err(error) = Datapath::cleanup(settings).await {
+        warn!(
+            error = format!("{error:#}"),
+            "not everything could be removed"
+        );
+        return;
+    }
+    if let Some(dirs) = dirs
+        && let Err(error) = dirs.run.remove()
+    {
+        warn!(%error, "the run directory could not be removed");
     }
 }
 
@@ -548,6 +639,8 @@ impl Agent {
 struct Follow {
     mesh: Arc<MeshStore>,
     netns: watch::Receiver<Netns>,
+    /// What is said of a pod that is not in there.
+    unknown: &'static str,
     needed: desired::Identities,
     identities: Identities,
     /// Weak: the end of the agent is told by dropping the only strong one.
@@ -565,7 +658,8 @@ async fn follow_mesh(mut follow: Follow) {
         let now = Instant::now();
         {
             let mesh = follow.mesh.load();
-            let pods = desired::pods(&mesh, &follow.netns.borrow_and_update());
+            let netns = follow.netns.borrow_and_update().clone();
+            let pods = desired::pods(&mesh, &netns, follow.unknown);
             let Some(desired) = follow.desired.upgrade() else {
                 return;
             };

@@ -37,8 +37,7 @@ pub use args::{
 #[derive(Clone, Debug)]
 pub struct Config {
     pub mesh: MeshSettings,
-    pub manifests: PathBuf,
-    pub ca_dir: PathBuf,
+    pub source: Source,
     pub certificate_life: Duration,
     pub run_dir: PathBuf,
     pub bpf_dir: PathBuf,
@@ -59,6 +58,20 @@ pub struct Config {
     pub rules: u32,
     /// The default but in test builds.
     pub generation: Generation,
+}
+
+/// Who tells what there is, and who signs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// Manifests in a directory, and an authority in another.
+    Local { manifests: PathBuf, ca_dir: PathBuf },
+    /// The API server, and the cluster's signer.
+    Cluster {
+        /// Without one it is the service account of the agent's own pod that counts.
+        kubeconfig: Option<PathBuf>,
+        /// Of the mesh's own objects.
+        namespace: String,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -87,6 +100,8 @@ impl BadValue {
     }
 }
 
+/// Kubernetes sets it in every pod.
+const IN_A_POD: &str = "KUBERNETES_SERVICE_HOST";
 /// More threads than any board has cores.
 const MAX_DATA_THREADS: usize = 64;
 const CERTIFICATE_LIFE: RangeInclusive<Duration> =
@@ -105,13 +120,29 @@ impl RunArgs {
             let remedy = "a name of 1 to 253 characters is needed";
             return Err(BadValue::new("--cluster-name", self.cluster_name, remedy));
         }
-        // What an agent before read there is in force until it can be read.
-        let kept = self.dirs.run_dir.join(crate::snapshot::STATE);
-        if !self.manifests.is_dir() && !kept.is_file() {
-            let remedy = "is no directory; make it and put the cluster's manifests there";
-            let value = self.manifests.display();
-            return Err(BadValue::new("--manifests", value, remedy));
-        }
+        let source = match (self.manifests, self.ca_dir) {
+            (Some(manifests), Some(ca_dir)) => {
+                // What an agent before read there is in force until it can be read.
+                let kept = self.dirs.run_dir.join(crate::snapshot::STATE);
+                if !manifests.is_dir() && !kept.is_file() {
+                    let remedy = "is no directory; make it and put the cluster's manifests there";
+                    return Err(BadValue::new("--manifests", manifests.display(), remedy));
+                }
+                Source::Local { manifests, ca_dir }
+            }
+            // One without the other is refused before we see it.
+            (None, _) | (_, None) => {
+                if self.kubeconfig.is_none() && environment(IN_A_POD).is_none() {
+                    let remedy = "without it the agent must run in a pod of the cluster, or be \
+                                  given --kubeconfig; for local mode write --manifests and --ca-dir";
+                    return Err(BadValue::new("--manifests", "", remedy));
+                }
+                Source::Cluster {
+                    kubeconfig: self.kubeconfig,
+                    namespace: name("--namespace", self.namespace)?.to_string(),
+                }
+            }
+        };
         let data_threads = match self.data_threads {
             None => std::thread::available_parallelism().map_or(1, usize::from),
             Some(n) if (1..=MAX_DATA_THREADS).contains(&n) => n,
@@ -147,8 +178,7 @@ impl RunArgs {
                 tunnel_port,
                 metrics_port: self.metrics_address.port(),
             },
-            manifests: self.manifests,
-            ca_dir: self.ca_dir,
+            source,
             certificate_life: certificate_life(&self.certificate_life)?,
             run_dir: absolute("--run-dir", self.dirs.run_dir)?,
             bpf_dir: absolute("--bpf-dir", self.dirs.bpf_dir)?,

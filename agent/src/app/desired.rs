@@ -20,13 +20,17 @@ use crate::{
 /// served for a minute (they may not have heard), and a short absence costs no new certificate.
 const LINGER: Duration = Duration::from_secs(90);
 
+/// What to say of a pod whose network namespace nobody knows: in local mode, and on a cluster.
+pub const SAY_NETNS: &str = "its network namespace is not known: set annotation picomesh.io/netns";
+pub const FIND_NETNS: &str = "its network namespace is not found on this node; it is looked for";
+
 /// The pods to capture, and those that cannot be: nobody knows where they live.
 pub struct Pods {
     pub desired: Desired,
     pub lost: Vec<PodStatus>,
 }
 
-pub fn pods(mesh: &Mesh, netns: &Netns) -> Pods {
+pub fn pods(mesh: &Mesh, netns: &Netns, unknown: &'static str) -> Pods {
     let mut desired = Vec::new();
     let mut lost = Vec::new();
     for workload in local_meshed(mesh) {
@@ -44,10 +48,7 @@ pub fn pods(mesh: &Mesh, netns: &Netns) -> Pods {
                 name,
                 slot: None,
                 state: "failed",
-                reason: Some((
-                    "no_netns",
-                    "its network namespace is not known: set annotation picomesh.io/netns".into(),
-                )),
+                reason: Some(("no_netns", unknown.into())),
                 repairs: 0,
                 mended: Vec::new(),
                 counters: Vec::new(),
@@ -148,6 +149,7 @@ mod tests {
             terminal: false,
             terminating: false,
             owner: None,
+            foreign_policy: None,
         }
     }
 
@@ -208,7 +210,7 @@ mod tests {
             .keys()
             .map(|uid| (uid.clone(), PathBuf::from(format!("/ns/{uid}"))))
             .collect();
-        let pods = pods(&mesh, &netns);
+        let pods = pods(&mesh, &netns, SAY_NETNS);
         let names: Vec<_> = pods.desired.iter().map(|pod| &*pod.name).collect();
         assert_eq!(names, ["shop/a", "shop/b"]);
         assert!(pods.lost.is_empty());
@@ -222,7 +224,7 @@ mod tests {
     #[test]
     fn a_pod_whose_place_is_unknown_is_reported_as_failed() {
         let mesh = mesh(vec![pod("a", "n1", "a")]);
-        let pods = pods(&mesh, &Netns::new());
+        let pods = pods(&mesh, &Netns::new(), SAY_NETNS);
         assert!(pods.desired.is_empty());
         assert_eq!(pods.lost[0].state, "failed");
         assert_eq!(pods.lost[0].reason.as_ref().unwrap().0, "no_netns");

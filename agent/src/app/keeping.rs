@@ -20,15 +20,17 @@ use tokio::{sync::watch, task::spawn_blocking, time::sleep};
 use tracing::{info, warn};
 
 use crate::{
-    config::Config,
+    config::{Config, Source},
     identity::{Bundle, Held, Identities},
     local::Texts,
     snapshot::{self, Der, HeldKey, Keys, Origin, State},
-    state::Identity,
+    state::{Identity, objects::Objects},
 };
 
 /// After a change its companions are waited for.
 const GATHER: Duration = Duration::from_millis(300);
+/// A large cluster changes all the time, and each time all of it is written.
+const GATHER_OBJECTS: Duration = Duration::from_secs(5);
 
 /// After a write that failed.
 const AGAIN: Duration = Duration::from_secs(30);
@@ -44,6 +46,60 @@ pub(super) struct Keeper {
     in_memory: bool,
 }
 
+/// What is in force, as its source gives it.
+pub(super) enum Kept {
+    Texts(watch::Receiver<Arc<Texts>>),
+    Objects(watch::Receiver<Arc<Objects>>),
+}
+
+impl Kept {
+    fn gather(&self) -> Duration {
+        match self {
+            Self::Texts(_) => GATHER,
+            Self::Objects(_) => GATHER_OBJECTS,
+        }
+    }
+
+    async fn changed(&mut self) -> Result<(), watch::error::RecvError> {
+        match self {
+            Self::Texts(texts) => texts.changed().await,
+            Self::Objects(objects) => objects.changed().await,
+        }
+    }
+
+    fn now(&mut self) -> Content {
+        match self {
+            Self::Texts(texts) => Content::Texts(texts.borrow_and_update().clone()),
+            Self::Objects(objects) => Content::Objects(objects.borrow_and_update().clone()),
+        }
+    }
+}
+
+#[derive(PartialEq)]
+enum Content {
+    Texts(Arc<Texts>),
+    Objects(Arc<Objects>),
+}
+
+impl Content {
+    fn encode(&self) -> Vec<u8> {
+        let state = match self {
+            Self::Texts(texts) => State {
+                manifests: texts
+                    .iter()
+                    .map(|(name, text)| (name.clone(), text.to_string()))
+                    .collect(),
+                objects: Vec::new(),
+            },
+            Self::Objects(objects) => State {
+                manifests: BTreeMap::new(),
+                objects: objects.each().collect(),
+            },
+        };
+        state.encode()
+    }
+}
+
 /// What an agent before knew of identities.
 pub(super) struct Known {
     pub(super) bundle: Bundle,
@@ -56,11 +112,22 @@ impl Keeper {
             warn!(file = BOOT_ID, %error, "cannot tell one boot from another: no snapshot is kept");
             String::new()
         });
-        let origin = |source: &Path| Origin {
+        let origin = |source: String| Origin {
             boot: boot.trim().to_owned(),
             node: config.mesh.node.to_string(),
             trust_domain: config.mesh.trust_domain.to_string(),
-            source: source.display().to_string(),
+            source,
+        };
+        let (state, keys) = match &config.source {
+            Source::Local { manifests, ca_dir } => (
+                manifests.display().to_string(),
+                ca_dir.display().to_string(),
+            ),
+            Source::Cluster { namespace, .. } => {
+                let cluster = format!("Kubernetes {}", config.mesh.cluster);
+                let signer = format!("{cluster} {namespace}");
+                (cluster, signer)
+            }
         };
         let in_memory = snapshot::is_memory(&config.run_dir);
         if !in_memory {
@@ -72,18 +139,32 @@ impl Keeper {
         }
         Self {
             dir: config.run_dir.clone().into(),
-            state: origin(&config.manifests),
-            keys: origin(&config.ca_dir),
+            state: origin(state),
+            keys: origin(keys),
             in_memory,
         }
     }
 
     /// The manifests of the agent before.
     pub(super) fn texts(&self) -> Option<Texts> {
-        let body = self.read(snapshot::STATE, &self.state)?;
-        let state = State::decode(&body).map_err(|error| ignored(snapshot::STATE, &error));
-        let texts = state.ok()?.manifests.into_iter();
+        let texts = self.state()?.manifests.into_iter();
         Some(texts.map(|(name, text)| (name, text.into())).collect())
+    }
+
+    /// The same on a cluster.
+    pub(super) fn objects(&self) -> Option<Objects> {
+        let mut objects = Objects::default();
+        for object in self.state()?.objects {
+            objects.insert(object);
+        }
+        Some(objects)
+    }
+
+    fn state(&self) -> Option<State> {
+        let body = self.read(snapshot::STATE, &self.state)?;
+        State::decode(&body)
+            .map_err(|error| ignored(snapshot::STATE, &error))
+            .ok()
     }
 
     /// The keys of the agent before; which of them are still good, `identity` sees.
@@ -130,7 +211,7 @@ impl Keeper {
     /// Writes after every change, while `writes` says so.
     pub(super) async fn keep(
         self,
-        mut texts: watch::Receiver<Arc<Texts>>,
+        mut kept: Kept,
         identities: Identities,
         bundle: watch::Receiver<Arc<Bundle>>,
         writes: Arc<AtomicBool>,
@@ -143,15 +224,15 @@ impl Keeper {
         // What was there before we came is not trusted to be ours.
         let (mut written, mut keys_due) = (None, self.in_memory);
         loop {
-            sleep(GATHER).await;
+            sleep(kept.gather()).await;
             if !writes.load(Ordering::Acquire) {
                 // Ours counts again if the successor that had committed is dead.
                 continue;
             }
-            let now = texts.borrow_and_update().clone();
+            let now = kept.now();
             let mut failed = false;
             if written.as_ref() != Some(&now) {
-                let state = encode_state(&now);
+                let state = now.encode();
                 if self.write(snapshot::STATE, self.state.clone(), state).await {
                     written = Some(now);
                 } else {
@@ -164,8 +245,8 @@ impl Keeper {
                 failed |= keys_due;
             }
             tokio::select! {
-                changed = texts.changed() => if changed.is_err() {
-                    // The manifests are no longer read; the keys may still change.
+                changed = kept.changed() => if changed.is_err() {
+                    // The source is no longer read; the keys may still change.
                     sleep(Duration::from_secs(1)).await;
                 },
                 changed = certificates.changed() => match changed {
@@ -190,14 +271,6 @@ impl Keeper {
         snapshot::remove(&self.dir, name);
         false
     }
-}
-
-fn encode_state(texts: &Texts) -> Vec<u8> {
-    let manifests: BTreeMap<String, String> = texts
-        .iter()
-        .map(|(name, text)| (name.clone(), text.to_string()))
-        .collect();
-    State { manifests }.encode()
 }
 
 fn encode_keys(identities: &Identities, bundle: &Bundle) -> Vec<u8> {
@@ -255,7 +328,7 @@ mod tests {
         let settings = IdentitySettings::new("cluster.local".into());
         let (identities, _driver) = Identities::start(authority, settings).unwrap();
         let writes = Arc::new(AtomicBool::new(true));
-        tokio::spawn(keeper.keep(seen, identities, bundle, writes));
+        tokio::spawn(keeper.keep(Kept::Texts(seen), identities, bundle, writes));
         texts
     }
 

@@ -11,12 +11,12 @@ use serde_json::{Value, json};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use tokio::sync::watch;
 
+use super::source::Errors;
 use crate::{
     access_log::AccessLog,
     admin::Views,
     datapath::{Datapath, PodStatus},
     identity::{Identities, ca::SKEW},
-    local::LoadError,
     metrics::{Family, Kind, Metrics, Sample},
     proxy::{Capacity, Proxy},
     readiness::Readiness,
@@ -34,7 +34,7 @@ pub(super) struct Shown {
     pub(super) started: Instant,
     pub(super) readiness: Readiness,
     pub(super) mesh: Arc<MeshStore>,
-    pub(super) load_errors: watch::Receiver<Arc<Vec<LoadError>>>,
+    pub(super) errors: Errors,
     pub(super) metrics: Arc<Metrics>,
     pub(super) access_log: AccessLog,
     pub(super) identities: Identities,
@@ -75,7 +75,7 @@ pub(super) fn register(shown: &Arc<Shown>, metrics: &Metrics) {
 }
 
 impl Shown {
-    fn all_pods(&self) -> Vec<PodStatus> {
+    pub(super) fn all_pods(&self) -> Vec<PodStatus> {
         let mut pods = self.datapath.status();
         pods.extend(self.lost.borrow().iter().cloned());
         pods
@@ -98,7 +98,7 @@ impl Shown {
                 })
             })
             .collect();
-        let load_errors = json!(**self.load_errors.borrow());
+        let load_errors = self.errors.shown();
         json!({
             "version": env!("CARGO_PKG_VERSION"),
             "process": std::process::id(),
@@ -277,7 +277,7 @@ impl Shown {
                 "picomesh_manifest_errors",
                 "Errors in manifests; the last good state is in force for those objects.",
                 Kind::Gauge,
-                self.load_errors.borrow().len() as f64,
+                self.errors.count() as f64,
             ),
         ];
         families.push(self.problems());
@@ -447,7 +447,7 @@ fn epoch(at: SystemTime) -> Option<f64> {
     Some(since.as_secs_f64())
 }
 
-fn timestamp(at: SystemTime) -> String {
+pub(super) fn timestamp(at: SystemTime) -> String {
     OffsetDateTime::from(at)
         .replace_nanosecond(0)
         .ok()

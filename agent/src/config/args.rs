@@ -34,12 +34,40 @@ pub struct RunArgs {
     /// The node whose pods are served, as pods name it in spec.nodeName.
     #[arg(long, env = "PICOMESH_NODE", value_name = "NAME")]
     pub(super) node: String,
-    /// Directory of Kubernetes manifests that describe the cluster (YAML or JSON; watched).
-    #[arg(long, env = "PICOMESH_MANIFESTS", value_name = "DIR")]
-    pub(super) manifests: PathBuf,
-    /// Directory of the certificate authority: tls.crt, tls.key, ca.crt; made if it is empty.
-    #[arg(long, env = "PICOMESH_CA_DIR", value_name = "DIR")]
-    pub(super) ca_dir: PathBuf,
+    /// Local mode: directory of Kubernetes manifests that describe the cluster (YAML or JSON;
+    /// watched). Without it the cluster's API server is asked.
+    #[arg(
+        long,
+        env = "PICOMESH_MANIFESTS",
+        value_name = "DIR",
+        requires = "ca_dir"
+    )]
+    pub(super) manifests: Option<PathBuf>,
+    /// Local mode: directory of the certificate authority: tls.crt, tls.key, ca.crt; made if it is
+    /// empty.
+    #[arg(
+        long,
+        env = "PICOMESH_CA_DIR",
+        value_name = "DIR",
+        requires = "manifests"
+    )]
+    pub(super) ca_dir: Option<PathBuf>,
+    /// How to reach the API server; in a pod its service account says it.
+    #[arg(
+        long,
+        env = "PICOMESH_KUBECONFIG",
+        value_name = "FILE",
+        conflicts_with = "manifests"
+    )]
+    pub(super) kubeconfig: Option<PathBuf>,
+    /// The namespace of the mesh's own objects: DaemonSet, trust roots.
+    #[arg(
+        long,
+        env = "PICOMESH_NAMESPACE",
+        value_name = "NAME",
+        default_value = "picomesh-system"
+    )]
+    pub(super) namespace: String,
     /// How long a workload's certificate lives, 1m to 720h; it is renewed after two thirds of that.
     #[arg(
         long,

@@ -246,3 +246,41 @@ fn debug_takes_its_flags_before_and_after_the_subject() {
         assert!(matches!(debug.subject, DebugSubject::Pods));
     }
 }
+
+fn source(args: &[&str], in_a_pod: bool) -> Result<Source, BadValue> {
+    let all = [&["picomesh-agent", "run", "--node", "n1"], args].concat();
+    let Command::Run(run) = Cli::try_parse_from(all).unwrap().command else {
+        panic!("not `run`")
+    };
+    let environment = |name: &str| (in_a_pod && name == IN_A_POD).then(|| "10.96.0.1".into());
+    run.config(environment).map(|config| config.source)
+}
+
+#[test]
+fn without_manifests_the_cluster_is_the_source() {
+    let cluster = |kubeconfig: Option<&str>, namespace: &str| Source::Cluster {
+        kubeconfig: kubeconfig.map(PathBuf::from),
+        namespace: namespace.into(),
+    };
+    assert_eq!(source(&[], true), Ok(cluster(None, "picomesh-system")));
+    assert_eq!(
+        source(&["--kubeconfig=/k", "--namespace=mesh"], false),
+        Ok(cluster(Some("/k"), "mesh"))
+    );
+    let error = source(&[], false).unwrap_err();
+    assert_eq!(error.flag, "--manifests");
+    assert!(error.remedy.contains("--kubeconfig"), "{error}");
+    let local = Source::Local {
+        manifests: "/".into(),
+        ca_dir: "/ca".into(),
+    };
+    assert_eq!(source(&["--manifests=/", "--ca-dir=/ca"], true), Ok(local));
+    for wrong in [
+        &["--manifests=/"][..],
+        &["--ca-dir=/ca"],
+        &["--manifests=/", "--ca-dir=/ca", "--kubeconfig=/k"],
+    ] {
+        let all = [&["picomesh-agent", "run", "--node", "n1"], wrong].concat();
+        assert!(Cli::try_parse_from(all).is_err(), "{wrong:?}");
+    }
+}

@@ -5,11 +5,17 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 
 use super::sealed::hex;
+use crate::state::objects::Object;
 
-/// The manifests as they were when last good, by the name of their file.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// What was in force: of the two only the one that its source gives.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct State {
+    /// The manifests as they were when last good, by the name of their file.
+    #[serde(default)]
     pub manifests: BTreeMap<String, String>,
+    /// The objects of a cluster.
+    #[serde(default)]
+    pub objects: Vec<Object>,
 }
 
 /// Who we are. Not `Debug`: these are private keys.
