@@ -13,12 +13,14 @@ use std::{
 use bytes::Bytes;
 use futures_util::stream;
 use http::{Method, Request, Response, StatusCode};
-use http_body_util::{BodyExt, StreamBody};
+use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
 use hyper::body::Frame;
 use kube::client::{Body, Client};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
+
+type Answer = UnsyncBoxBody<Bytes, Infallible>;
 
 const DEFINITIONS: &str = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
 
@@ -141,7 +143,7 @@ impl Api {
         self.0.version.fetch_add(1, Ordering::AcqRel) + 1
     }
 
-    async fn answer(self, request: Request<Body>) -> Result<Response<Body>, std::io::Error> {
+    async fn answer(self, request: Request<Body>) -> Result<Response<Answer>, std::io::Error> {
         if self.0.away.load(Ordering::Acquire) {
             return Err(std::io::Error::from(std::io::ErrorKind::ConnectionRefused));
         }
@@ -167,7 +169,7 @@ impl Api {
         Ok(self.write(&parts.method, &path, body))
     }
 
-    fn read(&self, path: &str, query: &BTreeMap<&str, &str>) -> Response<Body> {
+    fn read(&self, path: &str, query: &BTreeMap<&str, &str>) -> Response<Answer> {
         if let Some(resources) = self.resources(path) {
             return resources;
         }
@@ -228,7 +230,7 @@ impl Api {
         }))
     }
 
-    fn write(&self, method: &Method, path: &str, body: Value) -> Response<Body> {
+    fn write(&self, method: &Method, path: &str, body: Value) -> Response<Answer> {
         if *method == Method::POST {
             let mut object = body;
             if object["metadata"]["name"].is_null() {
@@ -257,7 +259,7 @@ impl Api {
     }
 
     /// Kinds of `/apis/group/version`.
-    fn resources(&self, path: &str) -> Option<Response<Body>> {
+    fn resources(&self, path: &str) -> Option<Response<Answer>> {
         let (group, version) = path.strip_prefix("/apis/")?.split_once('/')?;
         if version.contains('/') {
             return None;
@@ -338,7 +340,7 @@ fn expired() -> String {
     event("ERROR", &status)
 }
 
-fn status(code: StatusCode, reason: &str) -> Response<Body> {
+fn status(code: StatusCode, reason: &str) -> Response<Answer> {
     let body = json!({"kind": "Status", "status": "Failure", "reason": reason,
                       "message": reason, "code": code.as_u16()});
     let mut response = json_of(&body);
@@ -346,19 +348,19 @@ fn status(code: StatusCode, reason: &str) -> Response<Body> {
     response
 }
 
-fn json_of(value: &Value) -> Response<Body> {
+fn json_of(value: &Value) -> Response<Answer> {
     json_body(value.to_string())
 }
 
-fn json_body(text: String) -> Response<Body> {
-    Response::new(Body::from(text.into_bytes()))
+fn json_body(text: String) -> Response<Answer> {
+    Response::new(Full::new(Bytes::from(text)).boxed_unsync())
 }
 
-fn streamed(told: mpsc::UnboundedReceiver<String>) -> Response<Body> {
+fn streamed(told: mpsc::UnboundedReceiver<String>) -> Response<Answer> {
     let frames = stream::unfold(told, |mut told| async {
         let line = told.recv().await?;
         let frame = Ok::<_, Infallible>(Frame::data(Bytes::from(line)));
         Some((frame, told))
     });
-    Response::new(Body::wrap_body(StreamBody::new(frames)))
+    Response::new(StreamBody::new(frames).boxed_unsync())
 }

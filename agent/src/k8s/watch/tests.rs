@@ -43,7 +43,9 @@ impl World {
             settings,
             store.clone(),
             outputs,
-            move || drop(load.send(())),
+            move || {
+                let _heard = load.send(());
+            },
             std::future::pending(),
         );
         Self {
