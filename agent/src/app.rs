@@ -13,6 +13,7 @@ mod bpf_dir;
 mod cluster;
 pub mod desired;
 mod estate;
+pub mod finding;
 mod keeping;
 mod place;
 mod run_dir;
@@ -42,7 +43,7 @@ use picomesh_common::config::LAYOUT;
 use tokio::{
     runtime,
     signal::unix::{Signal, SignalKind, signal},
-    sync::{mpsc, watch},
+    sync::{Notify, mpsc, watch},
     task::{AbortHandle, JoinHandle, spawn_blocking},
     time::{MissedTickBehavior, interval, sleep},
 };
@@ -63,7 +64,7 @@ use crate::{
     telemetry::{self, LogFormat, LogLevel},
 };
 
-use crate::local::Netns;
+use crate::{cni, local::Netns};
 use estate::{Estate, HeldDirs};
 use keeping::{Keeper, Known};
 use place::{Dirs, Heritage, Place};
@@ -81,6 +82,8 @@ const TURN_AT_START: Duration = Duration::from_millis(100);
 /// Less processor time than this in a turn is none to speak of, and what more has left behind is
 /// worth giving back. An idle agent takes tens of seconds for so much.
 const CALM: Duration = Duration::from_millis(20);
+/// How soon a pod is looked for that nobody has told of; the kubelet may only be making it.
+const SEARCHED: Duration = Duration::from_millis(500);
 /// For what has nothing to do with connections, once those have ended.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 /// How soon after the signal to end a removal of the mesh must show to count.
@@ -181,8 +184,8 @@ struct OnCluster {
     leaving: watch::Receiver<bool>,
     /// How everything of ours is removed then.
     removal: DatapathSettings,
-    /// Whoever finds this node's pods tells it here.
-    _found: watch::Sender<Netns>,
+    /// What is ours on the node besides.
+    traces: finding::Traces,
 }
 
 /// Where the agent listens; a configuration may ask for port 0.
@@ -396,6 +399,10 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
     views::register(&shown, &metrics);
     let socket = admin::socket::Server::beside(dirs.run.path())?;
     let callers = handover::predecessor::Server::beside(dirs.run.path())?;
+    let plugins = cluster
+        .is_some()
+        .then(|| cni::server::Server::beside(dirs.run.path()));
+    let plugins = plugins.transpose()?;
     let answers = views::views(&shown, log_level);
     if let Some(listeners) = inherited_tunnels {
         let accepts = proxy.accept_tunnels(listeners).await;
@@ -404,10 +411,17 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
 
     // From here on the mesh drives everything.
     let changes = mesh.subscribe();
+    let known = standing::Known {
+        mesh: mesh.clone(),
+        datapath: datapath.clone(),
+    };
     let follow = tokio::spawn(follow_mesh(Follow {
         mesh,
         netns,
         unknown,
+        asked: cluster
+            .as_ref()
+            .map(|cluster| cluster.finding.asked.clone()),
         needed,
         identities: identities.clone(),
         desired: Arc::downgrade(&desired),
@@ -438,23 +452,36 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
     socket.move_in()?;
     callers.move_in()?;
     accepting.push(serve(&mut tasks, socket.serve(answers, last_guard)));
+    if let (Some(plugins), Some(cluster)) = (plugins, &cluster) {
+        plugins.move_in()?;
+        let answers = cluster.finding.serve(plugins, known, guard.clone());
+        accepting.push(serve(&mut tasks, answers));
+    }
 
-    // A cluster is told what was found here, and tells when the mesh is taken off.
+    // A cluster is told what was found here, and tells when the mesh is taken off. The node's own
+    // files are ours until a successor has committed.
+    let writes = Arc::new(AtomicBool::new(true));
     let cluster = cluster.map(|cluster| {
         let Cluster {
             client,
             namespace,
-            found,
+            finding,
         } = cluster;
+        let (traces, plugin) = finding.keep(
+            config.fail_open,
+            config.mesh.namespace.clone(),
+            &writes,
+            &guard,
+            &mut tasks,
+        );
         OnCluster {
-            leaving: cluster::begin(client, namespace, &shown, &mut tasks),
+            leaving: cluster::begin(client, namespace, &shown, plugin, &mut tasks),
             removal: datapath_settings(&config),
-            _found: found,
+            traces,
         }
     });
 
     // What the next one begins with if its sources are away.
-    let writes = Arc::new(AtomicBool::new(true));
     tasks.push(tokio::spawn(keeper.keep(
         kept,
         identities.clone(),
@@ -598,6 +625,7 @@ impl Agent {
             && removed.into_inner()
         {
             let dirs = self.dirs.lock().take();
+            on.traces.remove().await;
             remove(on.removal, dirs).await;
         }
         info!("ended");
@@ -641,6 +669,8 @@ struct Follow {
     netns: watch::Receiver<Netns>,
     /// What is said of a pod that is not in there.
     unknown: &'static str,
+    /// Whom to ask for one that is not in there.
+    asked: Option<Arc<Notify>>,
     needed: desired::Identities,
     identities: Identities,
     /// Weak: the end of the agent is told by dropping the only strong one.
@@ -656,6 +686,7 @@ async fn follow_mesh(mut follow: Follow) {
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         let now = Instant::now();
+        let searched;
         {
             let mesh = follow.mesh.load();
             let netns = follow.netns.borrow_and_update().clone();
@@ -674,6 +705,11 @@ async fn follow_mesh(mut follow: Follow) {
                 }
                 changed
             });
+            searched = follow
+                .asked
+                .as_ref()
+                .filter(|_| !pods.lost.is_empty())
+                .cloned();
             follow.lost.send_replace(Arc::new(pods.lost));
             follow.metrics.sweep(&desired::live(&mesh), now);
         }
@@ -681,6 +717,9 @@ async fn follow_mesh(mut follow: Follow) {
             changed = changed.changed() => if changed.is_err() { return },
             changed = follow.netns.changed() => if changed.is_err() { return },
             _ = ticks.tick() => {}
+            () = sleep(SEARCHED), if searched.is_some() => if let Some(asked) = searched {
+                asked.notify_one();
+            },
         }
     }
 }

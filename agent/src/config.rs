@@ -12,7 +12,7 @@ use std::{
     fmt,
     net::{IpAddr, Ipv6Addr, SocketAddr},
     ops::RangeInclusive,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
@@ -20,6 +20,7 @@ use std::{
 use thiserror::Error;
 
 use crate::{
+    cni::{self, install::InstallSettings},
     datapath::Generation,
     proxy::CapSettings,
     state::{
@@ -30,7 +31,8 @@ use crate::{
 };
 use args::{CapArgs, LogFormatArg, MetricsArg, OutboundArg, PolicyArg};
 pub use args::{
-    Cli, Command, DebugArgs, DebugSubject, DirArgs, DirectionArg, OutputArg, PoliciesArgs, RunArgs,
+    CleanupArgs, Cli, CniArgs, Command, DebugArgs, DebugSubject, DirArgs, DirectionArg, OutputArg,
+    PoliciesArgs, RunArgs,
 };
 
 /// Everything `run` needs, valid.
@@ -71,7 +73,17 @@ pub enum Source {
         kubeconfig: Option<PathBuf>,
         /// Of the mesh's own objects.
         namespace: String,
+        cni: Cni,
     },
+}
+
+/// Where pods of a node are found, and how the CNI plugin gets there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cni {
+    /// The node's root directory, as the agent sees it.
+    pub host_root: PathBuf,
+    /// `None`: the plugin is not put into the node's configuration.
+    pub install: Option<InstallSettings>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -120,6 +132,7 @@ impl RunArgs {
             let remedy = "a name of 1 to 253 characters is needed";
             return Err(BadValue::new("--cluster-name", self.cluster_name, remedy));
         }
+        let namespace = name("--namespace", self.namespace)?;
         let source = match (self.manifests, self.ca_dir) {
             (Some(manifests), Some(ca_dir)) => {
                 // What an agent before read there is in force until it can be read.
@@ -137,9 +150,15 @@ impl RunArgs {
                                   given --kubeconfig; for local mode write --manifests and --ca-dir";
                     return Err(BadValue::new("--manifests", "", remedy));
                 }
+                let host_root = absolute("--host-root", self.cni.host_root.clone())?;
+                let install = self.cni.install(&self.dirs.run_dir)?;
                 Source::Cluster {
                     kubeconfig: self.kubeconfig,
-                    namespace: name("--namespace", self.namespace)?.to_string(),
+                    namespace: namespace.to_string(),
+                    cni: Cni {
+                        host_root,
+                        install: (!self.no_cni).then_some(install),
+                    },
                 }
             }
         };
@@ -171,6 +190,7 @@ impl RunArgs {
                 cluster: Arc::from(self.cluster_name),
                 cluster_domain,
                 trust_domain,
+                namespace,
                 node,
                 default_inbound_policy: self.default_inbound_policy.into(),
                 outbound_default: self.outbound_default.into(),
@@ -212,6 +232,30 @@ impl RunArgs {
             generation: generation(environment)?,
         })
     }
+}
+
+impl CniArgs {
+    /// How the plugin is put into the node's configuration, and taken out of it.
+    pub fn install(&self, run_dir: &Path) -> Result<InstallSettings, BadValue> {
+        let given = |flag, dir: &Option<PathBuf>| {
+            let dir = dir.clone().map(|dir| absolute(flag, dir));
+            dir.transpose()
+        };
+        Ok(InstallSettings {
+            host_root: absolute("--host-root", self.host_root.clone())?,
+            conf_dir: given("--cni-conf-dir", &self.cni_conf_dir)?,
+            bin_dir: given("--cni-bin-dir", &self.cni_bin_dir)?,
+            program: plugin(),
+            run_dir: run_dir.to_owned(),
+            intent: PathBuf::from(cni::INTENT),
+        })
+    }
+}
+
+/// The plugin comes beside the agent.
+fn plugin() -> PathBuf {
+    let agent = std::env::current_exe().unwrap_or_default();
+    agent.with_file_name(cni::PLUGIN)
 }
 
 impl CapArgs {

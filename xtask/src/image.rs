@@ -18,7 +18,7 @@ use picomesh_tests::{
 };
 
 use crate::{
-    ebpf,
+    cni, ebpf,
     needs::{self, Purpose},
     shell,
     test::Count,
@@ -34,20 +34,20 @@ pub(crate) struct Args {
     name: String,
 }
 
-/// One program of the image, in /usr/bin.
-struct Program {
-    name: &'static str,
+/// A program that needs nothing of the system it runs on.
+pub(crate) struct Program {
+    pub(crate) name: &'static str,
     /// Of cargo; the directory of what is built has the same name.
-    profile: &'static str,
+    pub(crate) profile: &'static str,
     /// What else `cargo build` is told.
-    args: &'static [&'static str],
+    pub(crate) args: &'static [&'static str],
 }
 
-const PROGRAMS: &[Program] = &[Program {
+const AGENT_PROGRAM: Program = Program {
     name: "picomesh-agent",
     profile: "release",
     args: &["-p", "picomesh-agent"],
-}];
+};
 
 /// What the image starts when it is told nothing else.
 const ENTRYPOINT: &str = "/usr/bin/picomesh-agent";
@@ -74,15 +74,16 @@ pub(crate) fn build(name: &str, to: &Path) -> Result<Written> {
     needs::ensure(&[Purpose::Build])?;
     ebpf::build()?;
     let mut image = Image::new(name).entrypoint(&[ENTRYPOINT]);
-    for program in PROGRAMS {
-        let path = program.build()?;
-        image.copy(&path, &format!("/usr/bin/{}", program.name))?;
+    for path in [AGENT_PROGRAM.build()?, cni::build()?] {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        image.copy(&path, &format!("/usr/bin/{name}"))?;
     }
     image.write(to)
 }
 
 impl Program {
-    fn build(&self) -> Result<PathBuf> {
+    /// Compiles it; what is linked in is looked at.
+    pub(crate) fn build(&self) -> Result<PathBuf> {
         // Naming the target keeps these flags from build scripts and procedural macros, which
         // cannot be linked so.
         let target = format!("{}-unknown-linux-gnu", env::consts::ARCH);

@@ -317,7 +317,9 @@ fn commands(tier: Tier, filter: Option<&str>, full: bool) -> Vec<(&'static str, 
             vec![("cluster", k8s)]
         }
         // These have verbs of their own.
-        Tier::Rules | Tier::Mutants | Tier::Vm | Tier::Fuzz | Tier::Soak | Tier::Image => Vec::new(),
+        Tier::Rules | Tier::Mutants | Tier::Vm | Tier::Fuzz | Tier::Soak | Tier::Image => {
+            Vec::new()
+        }
     }
 }
 

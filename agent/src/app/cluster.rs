@@ -15,6 +15,7 @@ use tokio::{
 
 use super::{source::Errors, views::Shown};
 use crate::{
+    cni::install::Installed,
     control::{ClusterSigner, roots},
     datapath::PodStatus,
     identity::Bundle,
@@ -53,6 +54,7 @@ pub(super) fn begin(
     client: Client,
     namespace: String,
     shown: &Arc<Shown>,
+    plugin: watch::Receiver<Installed>,
     tasks: &mut Vec<JoinHandle<()>>,
 ) -> watch::Receiver<bool> {
     let node = shown.settings.node.clone();
@@ -63,14 +65,14 @@ pub(super) fn begin(
     tasks.push(tokio::spawn(status::keep(
         client.clone(),
         node,
-        move || node_status(&of_node),
+        move || node_status(&of_node, &plugin.borrow()),
     )));
     let (leaving, left) = watch::channel(false);
     tasks.push(tokio::spawn(removal::follow(client, namespace, leaving)));
     left
 }
 
-fn node_status(shown: &Shown) -> MeshNodeStatus {
+fn node_status(shown: &Shown, plugin: &Installed) -> MeshNodeStatus {
     let mesh = shown.mesh.load();
     let pods = shown.all_pods();
     let mut failed: Vec<_> = failures(&pods).chain(refused(&mesh)).collect();
@@ -111,6 +113,7 @@ fn node_status(shown: &Shown) -> MeshNodeStatus {
             },
         ),
         probes(shown),
+        chained(plugin),
     ];
     MeshNodeStatus {
         version: env!("CARGO_PKG_VERSION").into(),
@@ -159,6 +162,23 @@ fn probes(shown: &Shown) -> Condition {
         "NotRecognised",
         || sentence.clone().unwrap_or_default(),
     )
+}
+
+/// Does the CNI plugin hold new pods until they are captured?
+fn chained(plugin: &Installed) -> Condition {
+    let (good, why) = match plugin {
+        Installed::At { .. } => (true, String::new()),
+        Installed::No => (
+            false,
+            "it is not in the node's network configuration".to_owned(),
+        ),
+        Installed::NoNetwork => (
+            false,
+            "the node has no network configuration yet; see --cni-conf-dir".to_owned(),
+        ),
+        Installed::Failed(error) => (false, error.clone()),
+    };
+    condition("PluginInstalled", good, "Installed", "NotInstalled", || why)
 }
 
 fn kernel() -> String {

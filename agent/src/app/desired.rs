@@ -175,6 +175,7 @@ mod tests {
             cluster: Arc::from("main"),
             cluster_domain: Arc::from("cluster.local"),
             trust_domain: Arc::from("cluster.local"),
+            namespace: Arc::from("picomesh-system"),
             node: Arc::from("n1"),
             default_inbound_policy: DefaultPolicy::default(),
             outbound_default: OutboundDefault::default(),

@@ -12,9 +12,9 @@ use std::{
 
 use tracing::warn;
 
-use crate::{admin, handover};
+use crate::{admin, cni, handover};
 
-pub(super) const NAMES: [&str; 2] = [admin::socket::NAME, handover::NAME];
+pub(super) const NAMES: [&str; 3] = [admin::socket::NAME, handover::NAME, cni::SOCKET];
 
 pub(super) struct SocketNames {
     run_dir: PathBuf,
@@ -31,14 +31,15 @@ impl SocketNames {
     pub(super) fn keep(&self) {
         self.each("is not kept", |name, kept| {
             absent_is_fine(fs::remove_file(kept))?;
-            fs::hard_link(name, kept)
+            // Nobody finds pods by the plugin's word in local mode.
+            absent_is_fine(fs::hard_link(name, kept))
         });
     }
 
     /// Nobody else has the place any more.
     pub(super) fn put_back(&self) {
         self.each("is not back in its place", |name, kept| {
-            fs::rename(kept, name)?;
+            absent_is_fine(fs::rename(kept, name))?;
             // Two names of one file are left as they are.
             absent_is_fine(fs::remove_file(kept))
         });

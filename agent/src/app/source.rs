@@ -11,7 +11,10 @@ use tokio::{
 };
 use tracing::error;
 
-use super::keeping::{Keeper, Kept};
+use super::{
+    finding::Finding,
+    keeping::{Keeper, Kept},
+};
 use crate::{
     config::{self, Config},
     k8s::{client, watch as watches},
@@ -33,9 +36,9 @@ pub(super) struct Source {
 pub(super) struct Cluster {
     pub(super) client: client::Client,
     pub(super) namespace: String,
-    /// Whoever finds this node's pods writes here. Nothing that stands in a pod does: its author
+    /// Who finds this node's pods. Nothing that stands in a pod says where it lives: its author
     /// could name the host's network namespace.
-    pub(super) found: watch::Sender<Netns>,
+    pub(super) finding: Finding,
 }
 
 /// What is wrong with what was read.
@@ -75,13 +78,13 @@ impl Errors {
 }
 
 impl Source {
-    /// Returns when the first mesh is published.
+    /// Returns when the first mesh is published, and on a cluster this node's pods are found.
     pub(super) async fn start(
         config: &Config,
         keeper: &Keeper,
         (settings, mesh): (Arc<MeshSettings>, Arc<MeshStore>),
         known: readiness::Task,
-        mut end: crate::drain::Guard,
+        guard: crate::drain::Guard,
         tasks: &mut Vec<JoinHandle<()>>,
     ) -> anyhow::Result<Self> {
         let (read, was_read) = oneshot::channel::<()>();
@@ -90,6 +93,7 @@ impl Source {
             // Only this start waits for it.
             let _waiting = read.send(());
         };
+        let mut end = guard.clone();
         let ended = async move { end.begun().await };
         match &config.source {
             config::Source::Local { manifests, .. } => {
@@ -126,9 +130,9 @@ impl Source {
             config::Source::Cluster {
                 kubeconfig,
                 namespace,
+                cni,
             } => {
                 let client = client::connect(kubeconfig.clone()).await?;
-                let (found, netns) = watch::channel(Netns::new());
                 let (faults_told, faults) = watch::channel(Arc::default());
                 let (objects_told, objects) = watch::channel(Arc::default());
                 let outputs = watches::Outputs {
@@ -148,6 +152,8 @@ impl Source {
                 was_read
                     .await
                     .context("watching the API server has ended before it began")?;
+                let (finding, netns) =
+                    Finding::start(cni.clone(), objects.clone(), guard, tasks).await?;
                 Ok(Self {
                     netns,
                     errors: Errors::Cluster(faults),
@@ -155,7 +161,7 @@ impl Source {
                     cluster: Some(Cluster {
                         client,
                         namespace: namespace.clone(),
-                        found,
+                        finding,
                     }),
                 })
             }

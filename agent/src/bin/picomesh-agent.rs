@@ -11,7 +11,7 @@ use std::{
 use clap::Parser;
 use picomesh::{
     admin, app,
-    config::{Cli, Command},
+    config::{self, Cli, Command},
     datapath::{Datapath, DatapathSettings, Generation},
 };
 use picomesh_common::config::rule;
@@ -55,7 +55,8 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Run(args) => app::run(args.config(|name| env::var_os(name))?),
-        Command::Cleanup(dirs) => {
+        Command::Cleanup(config::CleanupArgs { dirs, cni }) => {
+            let install = cni.install(&dirs.run_dir)?;
             let settings = DatapathSettings {
                 bpf_dir: dirs.bpf_dir,
                 run_dir: dirs.run_dir,
@@ -72,11 +73,13 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             let pinned = settings.bpf_dir.exists();
             let pins = pinned.then(|| app::BpfDir::open(&settings.bpf_dir, &settings.run_dir));
             let _pins = pins.transpose()?;
+            // While the plugin is there, pods of the mesh do not start without an agent.
+            let unplugged = app::finding::unplug(install);
             small_runtime()?.block_on(Datapath::cleanup(settings))?;
             if let Some(held) = held {
                 held.remove()?;
             }
-            Ok(())
+            unplugged
         }
         Command::Debug(args) => {
             let text = small_runtime()?.block_on(admin::show::run(args))?;

@@ -60,7 +60,7 @@ const GATHER: Duration = Duration::from_millis(100);
 /// Looked at this often without being told.
 const POLL: Duration = Duration::from_secs(5);
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InstallSettings {
     /// The node's root directory, as the agent sees it.
     pub host_root: PathBuf,

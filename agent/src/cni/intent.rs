@@ -130,6 +130,15 @@ impl Intent {
         intent
     }
 
+    /// The mesh's own pods stay outside of it, wherever it is installed.
+    #[must_use]
+    pub fn sparing(mut self, namespace: &str) -> Self {
+        self.namespaces.remove(namespace);
+        self.pod_opt_ins.remove(namespace);
+        self.never.insert(namespace.to_owned());
+        self
+    }
+
     pub fn decode(bytes: &[u8]) -> Result<Self, Unusable> {
         #[derive(Deserialize)]
         struct Versioned {

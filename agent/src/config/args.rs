@@ -24,7 +24,7 @@ pub enum Command {
     /// Serves the pods of one node, until SIGTERM.
     Run(Box<RunArgs>),
     /// Takes every pod out of the mesh and removes every trace, when no agent runs.
-    Cleanup(DirArgs),
+    Cleanup(CleanupArgs),
     /// Asks a running agent.
     Debug(DebugArgs),
 }
@@ -78,6 +78,12 @@ pub struct RunArgs {
     pub(super) certificate_life: String,
     #[command(flatten)]
     pub(super) dirs: DirArgs,
+    #[command(flatten)]
+    pub(super) cni: CniArgs,
+    /// Do not put the CNI plugin into the node's network configuration. Pods are then captured a
+    /// moment after their first container has started.
+    #[arg(long, env = "PICOMESH_NO_CNI")]
+    pub(super) no_cni: bool,
     /// Trust domain of the workloads' identities.
     #[arg(
         long,
@@ -247,6 +253,36 @@ pub struct DirArgs {
         default_value = "/sys/fs/bpf/picomesh"
     )]
     pub bpf_dir: PathBuf,
+}
+
+/// Where the node's own files are. Paths on the node are given as the node has them.
+#[derive(Clone, Debug, Args)]
+pub struct CniArgs {
+    /// On a cluster: where the agent sees the node's root directory; an agent in a container sees
+    /// of it what is mounted there: proc, run/netns, var/lib/picomesh, the directories of CNI.
+    #[arg(
+        long,
+        env = "PICOMESH_HOST_ROOT",
+        value_name = "DIR",
+        default_value = "/"
+    )]
+    pub host_root: PathBuf,
+    /// On a cluster: where the node's CNI configurations are; without it where kubeadm, k3s, k3d,
+    /// kind and microk8s have them.
+    #[arg(long, env = "PICOMESH_CNI_CONF_DIR", value_name = "DIR")]
+    pub cni_conf_dir: Option<PathBuf>,
+    /// On a cluster: where the node's CNI plugins are; without it where those of the configuration
+    /// are found.
+    #[arg(long, env = "PICOMESH_CNI_BIN_DIR", value_name = "DIR")]
+    pub cni_bin_dir: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct CleanupArgs {
+    #[command(flatten)]
+    pub dirs: DirArgs,
+    #[command(flatten)]
+    pub cni: CniArgs,
 }
 
 #[derive(Debug, Args)]

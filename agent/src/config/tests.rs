@@ -258,15 +258,52 @@ fn source(args: &[&str], in_a_pod: bool) -> Result<Source, BadValue> {
 
 #[test]
 fn without_manifests_the_cluster_is_the_source() {
+    let install = InstallSettings {
+        host_root: "/".into(),
+        conf_dir: None,
+        bin_dir: None,
+        program: std::env::current_exe()
+            .unwrap()
+            .with_file_name("picomesh-cni"),
+        run_dir: "/run/picomesh".into(),
+        intent: "/var/lib/picomesh/cni.json".into(),
+    };
     let cluster = |kubeconfig: Option<&str>, namespace: &str| Source::Cluster {
         kubeconfig: kubeconfig.map(PathBuf::from),
         namespace: namespace.into(),
+        cni: Cni {
+            host_root: "/".into(),
+            install: Some(install.clone()),
+        },
     };
     assert_eq!(source(&[], true), Ok(cluster(None, "picomesh-system")));
     assert_eq!(
         source(&["--kubeconfig=/k", "--namespace=mesh"], false),
         Ok(cluster(Some("/k"), "mesh"))
     );
+    let elsewhere = [
+        "--host-root=/host",
+        "--cni-conf-dir=/c",
+        "--cni-bin-dir=/b",
+        "--run-dir=/r",
+    ];
+    let Source::Cluster { cni, .. } = source(&elsewhere, true).unwrap() else {
+        panic!("not a cluster")
+    };
+    let there = InstallSettings {
+        host_root: "/host".into(),
+        conf_dir: Some("/c".into()),
+        bin_dir: Some("/b".into()),
+        run_dir: "/r".into(),
+        ..install.clone()
+    };
+    assert_eq!((cni.host_root, cni.install), ("/host".into(), Some(there)));
+    let Source::Cluster { cni, .. } = source(&["--no-cni"], true).unwrap() else {
+        panic!("not a cluster")
+    };
+    assert_eq!(cni.install, None);
+    let error = source(&["--cni-bin-dir=b"], true).unwrap_err();
+    assert_eq!(error.flag, "--cni-bin-dir");
     let error = source(&[], false).unwrap_err();
     assert_eq!(error.flag, "--manifests");
     assert!(error.remedy.contains("--kubeconfig"), "{error}");

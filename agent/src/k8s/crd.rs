@@ -8,6 +8,10 @@ use serde::{Deserialize, Serialize};
 /// What the agent of one node found there. One per node, by the node's name, written by its agent
 /// alone; there is nothing to ask for, so it has a status only.
 #[derive(Clone, CustomResource, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[expect(
+    clippy::duplicated_attributes,
+    reason = "columns of one type are no duplicates of each other"
+)]
 #[kube(
     group = "picomesh.io",
     version = "v1alpha1",

@@ -221,7 +221,7 @@ fn workloads<'a>(
             message: message.clone(),
         }));
         let asked_for = said.iter().find_map(|words| words.mesh).unwrap_or(false);
-        let exempt = exempt(pod);
+        let exempt = exempt(pod, settings);
         if let (Some(true), Some(why)) = (pod.words.mesh, exempt) {
             problems.push(Problem {
                 kind: "Pod",
@@ -284,10 +284,11 @@ fn workloads<'a>(
 }
 
 /// Why a pod is never in the mesh, whatever its labels say.
-fn exempt(pod: &Pod) -> Option<&'static str> {
+fn exempt(pod: &Pod, settings: &MeshSettings) -> Option<&'static str> {
     if pod.host_network {
         Some("it shares the node's network")
-    } else if NEVER_MESHED.contains(&&*pod.key.namespace) {
+    } else if NEVER_MESHED.contains(&&*pod.key.namespace) || pod.key.namespace == settings.namespace
+    {
         Some("the cluster's own pods and ours stay outside")
     } else {
         None

@@ -83,6 +83,8 @@ pub struct MeshSettings {
     pub cluster: Arc<str>,
     pub cluster_domain: Arc<str>,
     pub trust_domain: Arc<str>,
+    /// Of the mesh's own pods, which are never in it.
+    pub namespace: Arc<str>,
     /// This agent's node.
     pub node: Arc<str>,
     pub default_inbound_policy: DefaultPolicy,

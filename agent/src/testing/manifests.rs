@@ -18,6 +18,7 @@ pub fn settings() -> MeshSettings {
         cluster: "test".into(),
         cluster_domain: "cluster.local".into(),
         trust_domain: "cluster.local".into(),
+        namespace: "picomesh-system".into(),
         node: "n1".into(),
         default_inbound_policy: DefaultPolicy::default(),
         outbound_default: OutboundDefault::default(),

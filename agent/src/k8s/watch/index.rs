@@ -193,10 +193,11 @@ impl Index {
 
     /// Everybody is as ready as the API server says.
     pub(super) fn release(&mut self) -> bool {
-        let held = std::mem::take(&mut self.held).into_values();
-        held.fold(false, |changed, slice| {
-            self.objects.insert(Object::EndpointSlice(slice)) || changed
-        })
+        let mut changed = false;
+        for slice in std::mem::take(&mut self.held).into_values() {
+            changed |= self.objects.insert(Object::EndpointSlice(slice));
+        }
+        changed
     }
 
     fn apply(&mut self, kind: Kind, seen: &Seen, api_version: &str, doubtful: bool) -> bool {

@@ -401,6 +401,7 @@ async fn agent(
         cluster: "test".into(),
         cluster_domain: "cluster.local".into(),
         trust_domain: "cluster.local".into(),
+        namespace: "picomesh-system".into(),
         node: name.into(),
         default_inbound_policy: DefaultPolicy::AllUnauthenticated,
         outbound_default: OutboundDefault::Allow,
