@@ -51,6 +51,8 @@ pub(super) struct Index {
     objects: Objects,
     strings: Strings,
     faults: BTreeMap<(Kind, Name), Fault>,
+    /// They are not what they were when somebody last asked.
+    faults_changed: bool,
     /// Pods are kept by uid; a watch names them.
     pods: HashMap<Name, PodUid>,
     kinds: HashMap<Watched, Known>,
@@ -77,6 +79,7 @@ impl Index {
             objects: Objects::default(),
             strings: Strings::default(),
             faults: BTreeMap::new(),
+            faults_changed: false,
             pods: HashMap::new(),
             kinds: Watched::all().map(|of| (of, Known::default())).collect(),
             foreign: Foreign::default(),
@@ -118,8 +121,13 @@ impl Index {
     }
 
     /// Takes in what a watch has told. `doubtful`: the API server may not know yet who is ready.
-    /// `true`: the objects are not what they were.
+    /// `true`: the objects, or what is wrong with some, are not what they were.
     pub(super) fn hear(&mut self, of: Watched, told: Told, doubtful: bool) -> bool {
+        let changed = self.take_in(of, told, doubtful);
+        std::mem::take(&mut self.faults_changed) || changed
+    }
+
+    fn take_in(&mut self, of: Watched, told: Told, doubtful: bool) -> bool {
         match told {
             Told::Listing => {
                 self.known(of).listed = Some(BTreeSet::new());
@@ -145,7 +153,7 @@ impl Index {
             Told::Gone(seen) => match of {
                 Watched::Mesh(kind) => {
                     let name = name_of(&seen);
-                    self.faults.remove(&(kind, name.clone()));
+                    self.reads(kind, &name);
                     self.take(kind, &name)
                 }
                 Watched::Foreign(kind) => self.judged_anew(|foreign| foreign.delete(kind, &seen)),
@@ -204,7 +212,7 @@ impl Index {
         let name = name_of(seen);
         match kind.read(seen, &self.converter) {
             Ok(Some(object)) => {
-                self.faults.remove(&(kind, name.clone()));
+                self.reads(kind, &name);
                 // Nothing of a pod that has ended counts any more, its addresses least of all.
                 if let Object::Pod(pod) = &object
                     && pod.terminal
@@ -218,17 +226,23 @@ impl Index {
             }
             // It may have had a meaning before.
             Ok(None) => {
-                self.faults.remove(&(kind, name.clone()));
+                self.reads(kind, &name);
                 self.take(kind, &name)
             }
             Err(error) => {
                 let fault = fault(kind, seen, api_version, &error);
-                self.faults.insert((kind, name.clone()), fault);
+                let before = self.faults.insert((kind, name.clone()), fault.clone());
+                self.faults_changed |= before.as_ref() != Some(&fault);
                 // Of a pod with this name and another uid nothing is left.
                 let other = self.pods.get(&name).is_some_and(|uid| **uid != *seen.uid());
                 kind == Kind::Pod && other && self.take(kind, &name)
             }
         }
+    }
+
+    /// Nothing is wrong with it any more.
+    fn reads(&mut self, kind: Kind, name: &Name) {
+        self.faults_changed |= self.faults.remove(&(kind, name.clone())).is_some();
     }
 
     /// In doubt, who was ready stays so unless it is being deleted or gone.
@@ -293,8 +307,10 @@ impl Index {
     }
 
     fn keep_listed(&mut self, kind: Kind, listed: &BTreeSet<Name>) -> bool {
+        let before = self.faults.len();
         self.faults
             .retain(|(of, name), _| *of != kind || listed.contains(name));
+        self.faults_changed |= self.faults.len() != before;
         if kind == Kind::Pod {
             self.pods.retain(|name, _| listed.contains(name));
         }

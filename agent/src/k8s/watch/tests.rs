@@ -72,6 +72,14 @@ impl World {
         }
     }
 
+    /// Until something is wrong with an object, or nothing.
+    async fn faulty(&mut self, some: bool) -> Arc<Vec<Fault>> {
+        let so = self.faults.wait_for(|faults| faults.is_empty() != some);
+        let told = tokio::time::timeout(Duration::from_secs(60), so);
+        let told = told.await.expect("faults do not become so within a minute");
+        told.unwrap().clone()
+    }
+
     fn pod(&self, uid: &str) -> Option<Arc<Workload>> {
         self.store.load().workloads.get(&PodUid::from(uid)).cloned()
     }
@@ -256,8 +264,7 @@ async fn an_object_that_does_not_read_keeps_its_last_good_state_and_is_named() {
     assert_eq!(good.len(), 1);
 
     api.put(SERVERS, server(json!(0)));
-    let told = world.faults.wait_for(|faults| !faults.is_empty()).await;
-    let fault = told.unwrap()[0].clone();
+    let fault = world.faulty(true).await[0].clone();
     assert_eq!(
         (fault.kind, &*fault.name, &*fault.uid),
         ("Server", "web", "uid-server")
@@ -273,24 +280,12 @@ async fn an_object_that_does_not_read_keeps_its_last_good_state_and_is_named() {
     assert_eq!(world.faults.borrow().len(), 1);
 
     api.put(SERVERS, server(json!(9090)));
-    world
-        .faults
-        .wait_for(|faults| faults.is_empty())
-        .await
-        .unwrap();
+    world.faulty(false).await;
     assert_ne!(world.objects.borrow().servers, good);
     api.put(SERVERS, server(json!("no port!")));
-    world
-        .faults
-        .wait_for(|faults| !faults.is_empty())
-        .await
-        .unwrap();
+    world.faulty(true).await;
     api.delete(SERVERS, "shop/web");
-    world
-        .faults
-        .wait_for(|faults| faults.is_empty())
-        .await
-        .unwrap();
+    world.faulty(false).await;
     assert!(world.objects.borrow().servers.is_empty());
 }
 
@@ -343,7 +338,7 @@ async fn while_the_api_server_is_away_everything_stays_and_then_it_catches_up() 
         })
         .await;
     assert!(
-        begun.elapsed() < Duration::from_secs(10),
+        begun.elapsed() < 2 * follow::LONGEST_PAUSE + LONGEST_WAIT,
         "{:?}",
         begun.elapsed()
     );
