@@ -148,6 +148,10 @@ impl Namespace {
         Ok(namespace)
     }
 
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
     /// kubectl in this namespace.
     pub(crate) fn kubectl(&self, args: &[&str]) -> Result<String> {
         self.kubectl
