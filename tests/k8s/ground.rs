@@ -163,6 +163,12 @@ impl Namespace {
             .get(&[&["--namespace", &self.name], what].concat())
     }
 
+    /// Applies an object in this namespace.
+    pub(crate) fn apply(&self, mut object: Value) -> Result<()> {
+        object["metadata"]["namespace"] = json!(self.name);
+        self.kubectl.apply(&object)
+    }
+
     /// Starts a pod of one container that runs `command` on `node`.
     pub(crate) fn pod(&self, name: &str, node: &str, image: &str, command: &[&str]) -> Result<()> {
         self.kubectl.apply(&json!({

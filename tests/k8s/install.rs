@@ -24,7 +24,13 @@ pub(crate) struct Installed {
 
 impl Installed {
     pub(crate) fn new(kubectl: &Kubectl, part: Part) -> Result<Self> {
-        let there = kubectl.text(&["get", "namespace", NAMESPACE, "--ignore-not-found", "-o=name"]);
+        let there = kubectl.text(&[
+            "get",
+            "namespace",
+            NAMESPACE,
+            "--ignore-not-found",
+            "-o=name",
+        ]);
         ensure!(
             there?.is_empty(),
             "the cluster has a namespace {NAMESPACE}: a test installs the mesh itself, and takes it \

@@ -58,102 +58,197 @@ fn nothing() -> Value {
 
 /// In the order in which they are tried: some need what one before has made.
 const AGENT: &[Row] = &[
-    may("get nodes,namespaces,pods,services,serviceaccounts -A -o name", nothing),
+    may(
+        "get nodes,namespaces,pods,services,serviceaccounts -A -o name",
+        nothing,
+    ),
     may("create -f -", || mesh_node("OWN")),
     may(STATUS, || mesh_node("OWN")),
     may("create -f -", || request("by-agent", OURS)),
     may("get csr by-agent -o name", nothing),
     may("create -f -", event),
-    may("get daemonsets -n picomesh-system --field-selector metadata.name=picomesh-agent", nothing),
+    may(
+        "get daemonsets -n picomesh-system --field-selector metadata.name=picomesh-agent",
+        nothing,
+    ),
     may(TRUST_ROOTS, nothing),
     // Another node's word.
     never("create -f -", || mesh_node("OTHER"), "own node only"),
     never(STATUS, || mesh_node("OTHER"), "own node only"),
     never("delete meshnode OWN", nothing, "cannot delete"),
     // Certificates.
-    never("create -f -", || request("elsewhere", THEIRS), "picomesh.io/workload only"),
-    never("certificate approve by-agent", nothing, "cannot update"),
+    never(
+        "create -f -",
+        || request("elsewhere", THEIRS),
+        "picomesh.io/workload only",
+    ),
+    never(APPROVAL, || approval("by-agent"), "cannot patch"),
     never(STATUS, || certificate("by-agent"), "cannot patch"),
     never("delete csr by-agent", nothing, "cannot delete"),
     never("get csr", nothing, "cannot list"),
     // Keys and anchors.
-    never("get secret picomesh-issuer -n picomesh-system", nothing, "cannot get"),
+    never(
+        "get secret picomesh-issuer -n picomesh-system",
+        nothing,
+        "cannot get",
+    ),
     never("get secrets -A", nothing, "cannot list"),
-    never("create -f -", || issuer("kubernetes.io/tls"), "cannot create"),
-    never("create -f -", || trust_roots("picomesh-trust-roots"), "cannot create"),
-    never(APPLY, || trust_roots("picomesh-trust-roots"), "cannot patch"),
-    never("delete configmap picomesh-trust-roots -n picomesh-system", nothing, "cannot delete"),
+    never(
+        "create -f -",
+        || issuer("kubernetes.io/tls"),
+        "cannot create",
+    ),
+    never(
+        "create -f -",
+        || trust_roots("picomesh-trust-roots"),
+        "cannot create",
+    ),
+    never(
+        APPLY,
+        || trust_roots("picomesh-trust-roots"),
+        "cannot patch",
+    ),
+    never(
+        "delete configmap picomesh-trust-roots -n picomesh-system",
+        nothing,
+        "cannot delete",
+    ),
     never("get configmaps -n picomesh-system", nothing, "cannot list"),
     // What runs.
     never("create -f -", || pod("new"), "cannot create"),
     never(APPLY, || pod("picomesh-controller"), "cannot patch"),
-    never("delete pod picomesh-controller -n picomesh-system", nothing, "cannot delete"),
+    never(
+        "delete pod picomesh-controller -n picomesh-system",
+        nothing,
+        "cannot delete",
+    ),
     never("create -f -", deployment, "cannot create"),
     never(APPLY, || node("OTHER"), "cannot patch"),
     never(APPLY, || namespace("default"), "cannot patch"),
     never("create -f -", network_policy, "cannot create"),
     // Others' rights.
-    never("create token picomesh-controller -n picomesh-system", nothing, "cannot create"),
+    never(
+        "create token picomesh-controller -n picomesh-system",
+        nothing,
+        "cannot create",
+    ),
     never("get nodes --as=admin", nothing, "cannot impersonate"),
-    never("delete validatingadmissionpolicy picomesh-agent-mesh-nodes", nothing, "cannot delete"),
+    never(
+        "delete validatingadmissionpolicy picomesh-agent-mesh-nodes",
+        nothing,
+        "cannot delete",
+    ),
     never("create -f -", admin_binding, "cannot create"),
 ];
 
 const CONTROLLER: &[Row] = &[
     may("get namespaces,pods -A -o name", nothing),
     may("get csr", nothing),
-    may("certificate approve by-agent", nothing),
+    may(APPROVAL, || approval("by-agent")),
     may("create -f -", || lease("picomesh-controller")),
     may("delete csr unwanted", nothing),
     // It decides, and makes nothing.
     never(STATUS, || certificate("by-agent"), "cannot patch"),
-    never("certificate approve foreign", nothing, "not permitted to approve"),
-    never("certificate deny foreign", nothing, "not permitted to approve"),
-    never("create -f -", || request("by-controller", OURS), "cannot create"),
-    never("create -f -", || lease("picomesh-signer"), "Lease of its own name"),
+    never(APPROVAL, || approval("foreign"), "not permitted to approve"),
+    never(
+        "create -f -",
+        || request("by-controller", OURS),
+        "cannot create",
+    ),
+    never(
+        "create -f -",
+        || lease("picomesh-signer"),
+        "Lease of its own name",
+    ),
     // Keys and anchors.
-    never("get secret picomesh-issuer -n picomesh-system", nothing, "cannot get"),
+    never(
+        "get secret picomesh-issuer -n picomesh-system",
+        nothing,
+        "cannot get",
+    ),
     never("get secrets -A", nothing, "cannot list"),
-    never("create -f -", || issuer("kubernetes.io/tls"), "cannot create"),
-    never("create -f -", || trust_roots("picomesh-trust-roots"), "cannot create"),
-    never(APPLY, || trust_roots("picomesh-trust-roots"), "cannot patch"),
+    never(
+        "create -f -",
+        || issuer("kubernetes.io/tls"),
+        "cannot create",
+    ),
+    never(
+        "create -f -",
+        || trust_roots("picomesh-trust-roots"),
+        "cannot create",
+    ),
+    never(
+        APPLY,
+        || trust_roots("picomesh-trust-roots"),
+        "cannot patch",
+    ),
     // What runs.
     never("create -f -", || pod("new"), "cannot create"),
-    never("delete pod picomesh-agent -n picomesh-system", nothing, "cannot delete"),
+    never(
+        "delete pod picomesh-agent -n picomesh-system",
+        nothing,
+        "cannot delete",
+    ),
     never("create -f -", || mesh_node("OTHER"), "cannot create"),
-    never("create token picomesh-signer -n picomesh-system", nothing, "cannot create"),
+    never(
+        "create token picomesh-signer -n picomesh-system",
+        nothing,
+        "cannot create",
+    ),
     never("create -f -", admin_binding, "cannot create"),
 ];
 
 const SIGNER: &[Row] = &[
     may("get csr", nothing),
     may("create -f -", || issuer("kubernetes.io/tls")),
-    may("get secret picomesh-issuer -n picomesh-system -o name", nothing),
+    may(
+        "get secret picomesh-issuer -n picomesh-system -o name",
+        nothing,
+    ),
     may("create -f -", || trust_roots("picomesh-trust-roots")),
-    may(APPLY, || trust_roots("picomesh-trust-roots")),
+    may("replace -f -", || trust_roots("picomesh-trust-roots")),
     may("create -f -", || lease("picomesh-signer")),
     may(STATUS, || certificate("by-agent")),
     // It signs what was approved, and decides nothing.
-    never("certificate approve pending", nothing, "cannot update"),
-    never("certificate deny pending", nothing, "cannot update"),
+    never(APPROVAL, || approval("pending"), "cannot patch"),
     never(STATUS, || certificate("foreign"), "not permitted to sign"),
     never("delete csr pending", nothing, "cannot delete"),
-    never("create -f -", || request("by-signer", OURS), "cannot create"),
-    never("create -f -", || lease("picomesh-controller"), "Lease of its own name"),
+    never(
+        "create -f -",
+        || request("by-signer", OURS),
+        "cannot create",
+    ),
+    never(
+        "create -f -",
+        || lease("picomesh-controller"),
+        "Lease of its own name",
+    ),
     // Keys that are not the mesh's, and a token of another account in the clothes of its own.
     never("get secrets -n picomesh-system", nothing, "cannot list"),
     never("get secrets -A", nothing, "cannot list"),
     never("get secret other -n picomesh-system", nothing, "cannot get"),
-    never("create -f -", || secret("other", "kubernetes.io/tls"), "the signer makes"),
+    never(
+        "create -f -",
+        || secret("other", "kubernetes.io/tls"),
+        "the signer makes",
+    ),
     never("create -f -", || secret("token", TOKEN), "the signer makes"),
     never("create -f -", || issuer(TOKEN), "the signer makes"),
     never("create -f -", || trust_roots("other"), "the signer makes"),
-    never("delete secret picomesh-issuer -n picomesh-system", nothing, "cannot delete"),
+    never(
+        "delete secret picomesh-issuer -n picomesh-system",
+        nothing,
+        "cannot delete",
+    ),
     // What runs.
     never("get pods -A", nothing, "cannot list"),
     never("create -f -", || pod("new"), "cannot create"),
     never("create -f -", || mesh_node("OTHER"), "cannot create"),
-    never("create token picomesh-controller -n picomesh-system", nothing, "cannot create"),
+    never(
+        "create token picomesh-controller -n picomesh-system",
+        nothing,
+        "cannot create",
+    ),
     never("create -f -", admin_binding, "cannot create"),
 ];
 
@@ -163,6 +258,7 @@ const TOKEN: &str = "kubernetes.io/service-account-token";
 /// Without reading before, as kubectl does for other changes.
 const APPLY: &str = "apply --server-side --force-conflicts -f -";
 const STATUS: &str = "apply --server-side --force-conflicts --subresource=status -f -";
+const APPROVAL: &str = "apply --server-side --force-conflicts --subresource=approval -f -";
 const TRUST_ROOTS: &str = "get configmaps -n picomesh-system --field-selector \
                            metadata.name=picomesh-trust-roots";
 
@@ -301,9 +397,8 @@ fn controller_and_signer_fit_into_a_restricted_namespace() -> Result<()> {
         spec.remove("priorityClassName");
         Ok(pod)
     };
-    let create = |pod: Value| {
-        kubectl.feed(&["create", "--dry-run=server", "-f", "-"], &pod.to_string())
-    };
+    let create =
+        |pod: Value| kubectl.feed(&["create", "--dry-run=server", "-f", "-"], &pod.to_string());
     for file in ["controller.yaml", "signer.yaml"] {
         create(template(file, "/spec/template/spec")?)?;
     }
@@ -347,6 +442,16 @@ fn request(name: &str, signer: &str) -> Value {
         "apiVersion": "certificates.k8s.io/v1", "kind": "CertificateSigningRequest",
         "metadata": {"name": name},
         "spec": {"signerName": signer, "usages": usages, "request": made().request},
+    })
+}
+
+fn approval(request: &str) -> Value {
+    json!({
+        "apiVersion": "certificates.k8s.io/v1", "kind": "CertificateSigningRequest",
+        "metadata": {"name": request},
+        "status": {"conditions": [{
+            "type": "Approved", "status": "True", "reason": "Tested", "message": "by a test",
+        }]},
     })
 }
 
