@@ -62,6 +62,8 @@ impl Installed {
         for source in &installed.sources {
             kubectl.run(&["apply", source])?;
         }
+        let definition = "customresourcedefinition/meshnodes.picomesh.io";
+        kubectl.run(&["wait", "--for=condition=Established", definition])?;
         Ok(installed)
     }
 }

@@ -7,11 +7,14 @@
 use std::{path::PathBuf, process::Command};
 
 use anyhow::{Context, Result, bail, ensure};
-use picomesh_tests::cluster::{Kubectl, TOOLS};
+use picomesh_tests::{
+    cluster::{Kubectl, TOOLS},
+    wait,
+};
 use serde_json::{Value, json};
 
 use crate::{
-    ground::{Need, Test, ground},
+    ground::{Need, PATIENCE, Test, ground, slowly},
     install::{Installed, NAMESPACE, Part},
 };
 
@@ -296,11 +299,21 @@ fn an_account_of_the_mesh_can_do_what_its_table_says_and_nothing_else() -> Resul
         ])?;
         tokens.push(kubectl.with_token(&token, &scratch.path().join(account))?);
     }
-    // Requests of somebody else's, for what is tried on them.
+    // What is somebody else's, for what is tried on it.
+    kubectl.apply(&mesh_node(other))?;
     for (name, signer) in [("pending", OURS), ("unwanted", OURS), ("foreign", THEIRS)] {
         kubectl.apply(&with(request(name, signer), &[]))?;
     }
     kubectl.run(&["certificate", "approve", "foreign"])?;
+
+    // The API server takes a moment to act by new policies.
+    let probe = mesh_node("picomesh-test-nowhere").to_string();
+    let agent = tokens.first().context("no token")?;
+    wait::until("the admission policies are in force", PATIENCE, || {
+        let made = agent.feed(&["create", "--dry-run=server", "-f", "-"], &probe);
+        slowly(made.err().context("it was let in"))
+            .is_ok_and(|e| format!("{e:#}").contains("own node only"))
+    })?;
 
     let mut mistakes = Vec::new();
     for ((account, rows), kubectl) in accounts.iter().zip(&tokens) {
