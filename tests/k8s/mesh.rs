@@ -1,7 +1,7 @@
 //! The mesh as users install it, seen from outside: by kubectl, by what travels on the wire between
 //! the nodes, and by what the agents say about it.
 
-use std::{fs, time::Duration};
+use std::{fs, path::Path, process::Command, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use picomesh_tests::{
@@ -36,6 +36,9 @@ fn a_label_takes_running_pods_into_the_mesh_and_out_of_it() -> Result<()> {
     };
     // Pods first: they are older than the agents, and are never started anew.
     let nodes = [near.name(), far.name()];
+    space.apply(json!({
+        "apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "server"},
+    }))?;
     server(&space, far.name())?;
     for (index, node) in nodes.iter().enumerate() {
         space.pod(
@@ -75,6 +78,8 @@ fn a_label_takes_running_pods_into_the_mesh_and_out_of_it() -> Result<()> {
     ensure!(seen == 0, "{seen} packets between the nodes can be read");
     both_ends_are_named(&ground, &space, near.name(), far.name())?;
     probes_reach_their_pod(&ground, &space)?;
+    a_stolen_token_speaks_for_its_node_only(&ground, &space, near.name())
+        .with_context(|| diagnosis(&ground))?;
 
     // And out again. Nobody was started anew for any of it.
     label(&space, "disabled")?;
@@ -119,6 +124,7 @@ fn server(space: &Namespace, node: &str) -> Result<()> {
             "nodeName": node,
             "terminationGracePeriodSeconds": 1,
             "enableServiceLinks": false,
+            "serviceAccountName": "server",
             "containers": [{
                 "name": "main", "image": TOOLS, "imagePullPolicy": "Never",
                 "command": ["/bin/sh", "-c", script],
@@ -189,9 +195,95 @@ fn seen_on_the_wire(cluster: &Cluster, space: &Namespace, address: &str) -> Resu
     Ok(capture.found(0))
 }
 
+fn identity(space: &Namespace, account: &str) -> String {
+    format!("spiffe://cluster.local/ns/{}/sa/{account}", space.name())
+}
+
+/// With the token of `node`'s agent: an account that runs there, which is the control, and one that
+/// runs on the other node only.
+fn a_stolen_token_speaks_for_its_node_only(
+    ground: &Ground,
+    space: &Namespace,
+    node: &str,
+) -> Result<()> {
+    let kubectl = ground.kubectl();
+    let pod = agent_on(ground, node)?;
+    let uid = kubectl.text(&[
+        "get",
+        "pod",
+        &pod,
+        "-n",
+        NAMESPACE,
+        "-o=jsonpath={.metadata.uid}",
+    ])?;
+    let token = kubectl.text(&[
+        "create",
+        "token",
+        "picomesh-agent",
+        "-n",
+        NAMESPACE,
+        "--bound-object-kind=Pod",
+        &format!("--bound-object-name={pod}"),
+        &format!("--bound-object-uid={uid}"),
+    ])?;
+    let scratch = tempfile::tempdir()?;
+    let thief = kubectl.with_token(&token, &scratch.path().join("kubeconfig"))?;
+    let timeout = format!("--timeout={}s", wait::patience(PATIENCE).as_secs());
+    for (account, answer) in [("default", "Approved"), ("server", "Denied")] {
+        let name = format!("picomesh-test-{account}");
+        let request = request(&identity(space, account), scratch.path())?;
+        let object = json!({
+            "apiVersion": "certificates.k8s.io/v1", "kind": "CertificateSigningRequest",
+            "metadata": {"name": name},
+            "spec": {
+                "signerName": "picomesh.io/workload", "request": request,
+                "expirationSeconds": 600,
+                "usages": ["digital signature", "client auth", "server auth"],
+            },
+        });
+        thief.feed(&["create", "-f", "-"], &object.to_string())?;
+        let condition = format!("--for=condition={answer}");
+        let answered = kubectl.run(&["wait", "csr", &name, &condition, &timeout]);
+        answered.with_context(|| format!("{account} is not {answer}"))?;
+        let issued = wait::for_value("a certificate is issued", Duration::from_secs(10), || {
+            let request = slowly(kubectl.get(&["csr", &name]))?;
+            slowly(
+                request["status"]["certificate"]
+                    .as_str()
+                    .map(drop)
+                    .context("none"),
+            )
+            .map(Some)
+        });
+        ensure!(
+            issued.is_ok() == (answer == "Approved"),
+            "{account}: {issued:?}"
+        );
+        kubectl.run(&["delete", "csr", &name, "--ignore-not-found"])?;
+    }
+    Ok(())
+}
+
+/// In base64.
+fn request(identity: &str, dir: &Path) -> Result<String> {
+    let script = "openssl req -new -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes \
+                  -keyout key -subj / -addext \"subjectAltName=URI:$1\" -out request && \
+                  openssl base64 -A -in request";
+    let output = Command::new("sh")
+        .args(["-ec", script, "sh", identity])
+        .current_dir(dir)
+        .output()?;
+    ensure!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(String::from_utf8(output.stdout)?)
+}
+
 /// In the access log and in the metrics of both nodes.
 fn both_ends_are_named(ground: &Ground, space: &Namespace, near: &str, far: &str) -> Result<()> {
-    let identity = format!("spiffe://cluster.local/ns/{}/sa/default", space.name());
+    let (client, server) = (identity(space, "default"), identity(space, "server"));
     for (node, direction, peer) in [(near, "outbound", "dst"), (far, "inbound", "src")] {
         let agent = agent_on(ground, node)?;
         let log = ground
@@ -199,8 +291,8 @@ fn both_ends_are_named(ground: &Ground, space: &Namespace, near: &str, far: &str
             .run(&["logs", "-n", NAMESPACE, &agent, "--tail=-1"])?;
         let named = log.lines().filter(|line| {
             line.contains(&format!("direction=\"{direction}\""))
-                && line.contains(&format!("src.identity=\"{identity}\""))
-                && line.contains(&format!("dst.identity=\"{identity}\""))
+                && line.contains(&format!("src.identity=\"{client}\""))
+                && line.contains(&format!("dst.identity=\"{server}\""))
         });
         ensure!(
             named.count() > 0,
