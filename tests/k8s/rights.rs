@@ -582,15 +582,15 @@ fn made() -> &'static Made {
                       openssl req -new -key k -subj /CN=test -out r && \
                       openssl req -x509 -key k -subj /CN=test -days 1 -out c && \
                       for f in k r c; do openssl base64 -A -in $f; echo; done";
-        let scratch = tempfile::tempdir().unwrap();
+        let scratch = tempfile::tempdir().expect("a directory");
         let output = Command::new("sh")
             .args(["-ec", script])
             .current_dir(scratch.path())
             .output()
-            .unwrap();
+            .expect("openssl is a need of every cluster");
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         let mut lines = text.lines().map(str::to_owned);
-        let mut line = || lines.next().unwrap();
+        let mut line = || lines.next().expect("openssl made all three");
         Made {
             key: line(),
             request: line(),

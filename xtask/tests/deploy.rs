@@ -1,6 +1,7 @@
 //! The manifests in deploy/ keep what they promise, read as text: a rule, a path or a capability
 //! without its reason is red here, and so is a right that nobody should have. That the API server
 //! sees it in the same way is the tier `k8s`.
+#![expect(clippy::unwrap_used, reason = "a test")]
 
 use std::{
     collections::{BTreeMap, BTreeSet},

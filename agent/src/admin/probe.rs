@@ -23,7 +23,7 @@ use crate::config::ProbeArg;
 pub enum ProbeError {
     #[error(transparent)]
     Unanswered(#[from] AskError),
-    #[error("not ready, pending: {}", awaited.join(", "))]
+    #[error("not ready, pending: {}", .awaited.join(", "))]
     Pending { awaited: Vec<String> },
     #[error(
         "not ready: the agent at {path} is that of another container; this one has not taken over \
