@@ -104,13 +104,14 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         .build()?;
     let ended = runtime.block_on(async {
         let deadline = config.drain_deadline;
+        let in_a_pod = config.in_a_pod();
         let mut signals = Signals::new()?;
         let agent = tokio::select! {
             agent = start(config, Some(log_level)) => agent?,
             // What is pinned already stays, as with any other end.
             () = signals.next() => return Ok(()),
         };
-        live(agent, &mut signals, deadline).await;
+        live(agent, &mut signals, deadline, in_a_pod).await;
         anyhow::Ok(())
     });
     // Whatever still blocks a thread (a stuck file system) must not hold up the end.
@@ -119,8 +120,8 @@ pub fn run(config: Config) -> anyhow::Result<()> {
 }
 
 /// Until it is asked to end or a successor serves; then until its connections have ended, or it is
-/// asked a second time.
-async fn live(agent: Agent, signals: &mut Signals, deadline: Duration) {
+/// asked a second time. In a pod whoever was succeeded stays until it is asked to end.
+async fn live(agent: Agent, signals: &mut Signals, deadline: Duration, in_a_pod: bool) {
     let mut progress = agent.progress.clone();
     let asked = tokio::select! {
         () = signals.next() => true,
@@ -135,16 +136,23 @@ async fn live(agent: Agent, signals: &mut Signals, deadline: Duration) {
             () = signals.next() => return warn!("asked to end a second time, open connections are cut"),
         }
     }
+    let mut told = asked;
     tokio::select! {
         () = agent.end(deadline) => {}
         () = async {
             // Who has handed over is ending already: the first signal says nothing new.
-            if !asked {
+            if !told {
                 signals.next().await;
+                told = true;
                 info!("asked to end, and ending already");
             }
             signals.next().await;
-        } => warn!("asked to end a second time, open connections are cut"),
+        } => return warn!("asked to end a second time, open connections are cut"),
+    }
+    // A container that ends by itself is started anew, and would take everything back.
+    if !told && in_a_pod {
+        info!("a successor has everything; waiting to be ended");
+        signals.next().await;
     }
 }
 

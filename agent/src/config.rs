@@ -32,7 +32,7 @@ use crate::{
 use args::{CapArgs, LogFormatArg, MetricsArg, OutboundArg, PolicyArg};
 pub use args::{
     CleanupArgs, Cli, CniArgs, Command, DebugArgs, DebugSubject, DirArgs, DirectionArg, OutputArg,
-    PoliciesArgs, RunArgs,
+    PoliciesArgs, ProbeArg, ProbeArgs, RunArgs,
 };
 
 /// Everything `run` needs, valid.
@@ -60,6 +60,16 @@ pub struct Config {
     pub rules: u32,
     /// The default but in test builds.
     pub generation: Generation,
+}
+
+impl Config {
+    /// Does a kubelet start this agent anew when it ends?
+    pub fn in_a_pod(&self) -> bool {
+        match &self.source {
+            Source::Local { .. } => false,
+            Source::Cluster { kubeconfig, .. } => kubeconfig.is_none(),
+        }
+    }
 }
 
 /// Who tells what there is, and who signs.

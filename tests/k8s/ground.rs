@@ -148,6 +148,10 @@ impl Namespace {
         Ok(namespace)
     }
 
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
     /// kubectl in this namespace.
     pub(crate) fn kubectl(&self, args: &[&str]) -> Result<String> {
         self.kubectl
@@ -157,6 +161,12 @@ impl Namespace {
     pub(crate) fn get(&self, what: &[&str]) -> Result<Value> {
         self.kubectl
             .get(&[&["--namespace", &self.name], what].concat())
+    }
+
+    /// Applies an object in this namespace.
+    pub(crate) fn apply(&self, mut object: Value) -> Result<()> {
+        object["metadata"]["namespace"] = json!(self.name);
+        self.kubectl.apply(&object)
     }
 
     /// Starts a pod of one container that runs `command` on `node`.

@@ -6,8 +6,11 @@
 //! instead, and those that reach into nodes are ignored. `cargo xtask test --tier k8s` gets what is
 //! missing and says where it lies.
 mod ground;
+mod install;
 mod leftovers;
+mod mesh;
 mod pods;
+mod rights;
 
 use std::process::ExitCode;
 
@@ -23,7 +26,7 @@ fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
     // Two cores and one cluster.
     arguments.test_threads = Some(1);
-    let trials = [pods::TESTS, leftovers::TESTS]
+    let trials = [pods::TESTS, rights::TESTS, mesh::TESTS, leftovers::TESTS]
         .concat()
         .into_iter()
         .map(trial)

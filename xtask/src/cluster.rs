@@ -9,11 +9,12 @@ use anyhow::{Context, Result, bail};
 use clap::Subcommand;
 use picomesh_tests::{
     cluster::{self, Cluster},
+    image::AGENT,
     reaper,
 };
 
 use crate::{
-    kubernetes,
+    image, kubernetes,
     needs::{self, Purpose},
 };
 
@@ -79,6 +80,13 @@ fn up(nodes: usize) -> Result<ExitCode> {
             node.name(),
             node.netns().path().display()
         );
+    }
+    let archive = image::archive();
+    if archive.is_file() {
+        cluster.import_archive(&archive)?;
+        println!("{AGENT} is on every node: kubectl apply -k deploy/kustomize/base");
+    } else {
+        println!("for the mesh: cargo xtask image, and a cluster after that");
     }
     tell(cluster.name());
     Ok(ExitCode::SUCCESS)

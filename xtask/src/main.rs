@@ -9,6 +9,7 @@ mod bench;
 mod cache;
 mod cluster;
 mod cni;
+mod crds;
 mod demo;
 mod doctor;
 mod ebpf;
@@ -42,6 +43,8 @@ enum Verb {
     Setup(setup::Args),
     /// Build the CNI plugin as it ships: static and small
     Cni(cni::Args),
+    /// Write the definitions of our own kinds out of the Rust types
+    Crds(crds::Args),
     /// Compile the kernel half to target/ebpf/picomesh.bpf.o
     Ebpf(ebpf::Args),
     /// Build the image that a cluster runs, as an OCI archive
@@ -69,6 +72,7 @@ fn main() -> ExitCode {
         Verb::Doctor(args) => doctor::run(&args),
         Verb::Setup(args) => setup::run(&args),
         Verb::Cni(args) => cni::run(&args),
+        Verb::Crds(args) => crds::run(&args),
         Verb::Ebpf(args) => ebpf::run(&args),
         Verb::Image(args) => image::run(&args),
         Verb::Cluster(args) => cluster::run(&args),

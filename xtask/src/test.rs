@@ -47,7 +47,7 @@ const SOAK_MINUTES: u64 = 3;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Tier {
-    /// Formatting, clippy, licences and duplicates
+    /// Formatting, clippy, generated files, licences and duplicates
     Lint,
     /// Tests beside the code; needs no root
     Unit,
@@ -277,6 +277,7 @@ fn commands(tier: Tier, filter: Option<&str>, full: bool) -> Vec<(&'static str, 
                         "warnings",
                     ]),
                 ),
+                ("definitions of kinds", cargo(&["xtask", "crds", "--check"])),
                 ("deny", deny),
             ]
         }

@@ -1,5 +1,6 @@
 //! What we show to people and to Prometheus: [`http`] serves metrics and readiness on the node's
-//! address, [`socket`] answers `picomesh-agent debug` on a unix socket, [`show`] is that command.
+//! address, [`socket`] answers `picomesh-agent debug` on a unix socket, [`show`] is that command;
+//! [`probe`] is what a kubelet asks there.
 //!
 //! All of it runs on the admin runtime and asks the other rooms through [`Views`], closures given
 //! at wiring, that answer from memory. Nothing here changes what the agent does, save the log
@@ -7,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 pub mod http;
+pub mod probe;
 pub mod show;
 pub mod socket;
 
@@ -21,6 +23,8 @@ use crate::{state::explain::Question, telemetry::LogLevel};
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, tag = "subject")]
 pub enum Request {
+    /// For probes: small, whatever the mesh is.
+    Readiness,
     State,
     Pods,
     Tunnels,
@@ -48,6 +52,8 @@ pub type PolicyView = Box<dyn Fn(&Question) -> Result<Value, String> + Send + Sy
 
 /// Where answers come from.
 pub struct Views {
+    /// `{"ready": bool, "awaited": [words]}`
+    pub readiness: View,
     pub state: View,
     pub pods: View,
     pub tunnels: View,
@@ -61,6 +67,7 @@ pub struct Views {
 impl Views {
     fn answer(&self, request: Request) -> Response {
         match request {
+            Request::Readiness => Response::Ok((self.readiness)()),
             Request::State => Response::Ok((self.state)()),
             Request::Pods => Response::Ok((self.pods)()),
             Request::Tunnels => Response::Ok((self.tunnels)()),

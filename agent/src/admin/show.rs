@@ -37,7 +37,7 @@ fn request(subject: DebugSubject) -> Request {
 
 fn text(request: &Request, answer: &Value) -> String {
     match request {
-        Request::State | Request::Limits => state(answer),
+        Request::Readiness | Request::State | Request::Limits => state(answer),
         Request::Pods => table(
             &[
                 ("POD", "name"),

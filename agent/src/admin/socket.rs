@@ -159,11 +159,42 @@ async fn serve_one(mut stream: UnixStream, views: &SharedViews) -> io::Result<()
     stream.shutdown().await
 }
 
+/// Where the one lives that answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Peer {
+    /// It has a process number here.
+    Here,
+    /// In another container: it has none.
+    Elsewhere,
+}
+
 /// Asks the agent of `run_dir`.
 pub async fn ask(run_dir: &Path, request: &Request) -> Result<serde_json::Value, AskError> {
+    ask_peer(run_dir, request).await?.1
+}
+
+/// The same, and who it is that answers, or does not.
+pub(super) async fn ask_peer(
+    run_dir: &Path,
+    request: &Request,
+) -> Result<(Peer, Result<serde_json::Value, AskError>), AskError> {
     let path = run_dir.join(NAME);
-    let asked = timeout(PATIENCE * 2, ask_at(&path, request)).await;
-    match asked {
+    let connected = UnixStream::connect(&path).await;
+    let peer = connected.and_then(|stream| Ok((stream.peer_cred()?.pid(), stream)));
+    let (number, stream) = peer.map_err(|source| not_asked(path.clone(), source))?;
+    let peer = match number {
+        None | Some(0) => Peer::Elsewhere,
+        Some(_) => Peer::Here,
+    };
+    Ok((peer, ask_at(path, stream, request).await))
+}
+
+async fn ask_at(
+    path: PathBuf,
+    stream: UnixStream,
+    request: &Request,
+) -> Result<serde_json::Value, AskError> {
+    match timeout(PATIENCE * 2, exchange(stream, request)).await {
         Ok(Ok(line)) => match serde_json::from_str(&line) {
             Ok(Response::Ok(value)) => Ok(value),
             Ok(Response::Error(reason)) => Err(AskError::Refused { reason }),
@@ -185,8 +216,7 @@ fn not_asked(path: PathBuf, source: io::Error) -> AskError {
     }
 }
 
-async fn ask_at(path: &Path, request: &Request) -> io::Result<String> {
-    let mut stream = UnixStream::connect(path).await?;
+async fn exchange(mut stream: UnixStream, request: &Request) -> io::Result<String> {
     let mut line = serde_json::to_vec(request)?;
     line.push(b'\n');
     stream.write_all(&line).await?;
@@ -219,6 +249,7 @@ mod tests {
 
     fn views() -> Views {
         Views {
+            readiness: Box::new(|| json!({"ready": true, "awaited": []})),
             state: Box::new(|| json!({"version": 7})),
             pods: Box::new(|| json!([{"name": "shop/cart"}])),
             tunnels: Box::new(|| json!([])),
@@ -246,6 +277,15 @@ mod tests {
         }
         let state = ask(dir.path(), &Request::State).await.unwrap();
         assert_eq!(state["version"], 7);
+    }
+
+    #[tokio::test]
+    async fn a_probe_is_answered_by_an_agent_of_the_own_container() {
+        let dir = tempfile::tempdir().unwrap();
+        let _drain = serve(dir.path());
+        let (peer, answer) = ask_peer(dir.path(), &Request::Readiness).await.unwrap();
+        assert_eq!(peer, Peer::Here);
+        assert_eq!(answer.unwrap()["ready"], true);
     }
 
     #[tokio::test]

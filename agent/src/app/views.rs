@@ -51,6 +51,7 @@ pub(super) fn views(shown: &Arc<Shown>, log_level: Option<LogLevel>) -> Views {
         Box::new(move || answer(&shown))
     };
     Views {
+        readiness: view(Shown::readiness),
         state: view(Shown::state),
         pods: view(Shown::pods),
         tunnels: view(|shown| json!(shown.proxy.tunnels())),
@@ -79,6 +80,11 @@ impl Shown {
         let mut pods = self.datapath.status();
         pods.extend(self.lost.borrow().iter().cloned());
         pods
+    }
+
+    fn readiness(&self) -> Value {
+        let awaited = self.readiness.pending();
+        json!({"ready": awaited.is_empty(), "awaited": awaited})
     }
 
     fn state(&self) -> Value {

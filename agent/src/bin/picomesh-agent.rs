@@ -12,7 +12,7 @@ use clap::Parser;
 use picomesh::{
     admin, app,
     config::{self, Cli, Command},
-    datapath::{Datapath, DatapathSettings, Generation},
+    datapath::{self, Datapath, DatapathSettings, Generation},
 };
 use picomesh_common::config::rule;
 use tokio::runtime;
@@ -83,12 +83,28 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         }
         Command::Debug(args) => {
             let text = small_runtime()?.block_on(admin::show::run(args))?;
-            // `debug pods | head` closes the pipe: that is no failure.
-            match io::stdout().write_all(text.as_bytes()) {
-                Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error.into()),
-                _ => Ok(()),
-            }
+            print(&text)
         }
+        Command::Probe(args) => {
+            let probed = admin::probe::run(&args.run_dir, args.probe);
+            let text = small_runtime()?.block_on(probed)?;
+            print(&format!("{text}\n"))
+        }
+        Command::MountBpffs { directory } => {
+            let text = match datapath::mount_bpffs(&directory)? {
+                true => "mounted a bpffs",
+                false => "there is a bpffs already",
+            };
+            print(&format!("{}: {text}\n", directory.display()))
+        }
+    }
+}
+
+fn print(text: &str) -> anyhow::Result<()> {
+    // `debug pods | head` closes the pipe: that is no failure.
+    match io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(()),
     }
 }
 

@@ -27,6 +27,13 @@ pub enum Command {
     Cleanup(CleanupArgs),
     /// Asks a running agent.
     Debug(DebugArgs),
+    /// Asks the agent of this container, for a kubelet: succeeds or not, and says why.
+    Probe(ProbeArgs),
+    /// Mounts a bpffs at a directory, if none is mounted there.
+    MountBpffs {
+        /// /sys/fs/bpf
+        directory: PathBuf,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -308,6 +315,28 @@ pub struct DebugArgs {
     pub output: OutputArg,
     #[command(subcommand)]
     pub subject: DebugSubject,
+}
+
+#[derive(Debug, Args)]
+pub struct ProbeArgs {
+    /// The agent's own directory.
+    #[arg(
+        long,
+        env = "PICOMESH_RUN_DIR",
+        value_name = "DIR",
+        default_value = "/run/picomesh"
+    )]
+    pub run_dir: PathBuf,
+    #[arg(value_enum, value_name = "WHAT")]
+    pub probe: ProbeArg,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ProbeArg {
+    /// It serves, and nothing is awaited.
+    Ready,
+    /// It answers, or has handed over to another.
+    Live,
 }
 
 #[derive(Debug, Subcommand)]

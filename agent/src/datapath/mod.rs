@@ -5,6 +5,7 @@
 //! each captured pod it hands a [`PodHandle`] and one set of listeners per data thread to whoever
 //! serves connections. It knows nothing of identities, tunnels or policy.
 
+mod bpffs;
 pub mod devices;
 pub mod diag;
 pub mod loader;
@@ -19,6 +20,7 @@ use picomesh_common::PodConfig;
 
 use crate::state::PodUid;
 
+pub use bpffs::{BpffsError, mount_bpffs};
 pub use loader::Generation;
 pub use pods::{Capture, Datapath, DatapathSettings, Paused, PodStatus, make_bpf_dir};
 pub use sockets::{PodHandle, PodSockets, Source, keep_alive};

@@ -125,3 +125,49 @@ impl Kind {
         Ok(Some(object))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeSet, fs, path::Path};
+
+    use serde_json::Value;
+
+    use super::*;
+    use crate::k8s::foreign::ForeignKind;
+
+    fn strings(value: &Value) -> impl Iterator<Item = &str> {
+        value
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(Value::as_str)
+    }
+
+    /// A kind that is watched without the right to is never listed, and no mesh is published; a
+    /// right that is not used is one too many.
+    #[test]
+    fn the_agents_role_lists_what_is_watched_and_nothing_else() {
+        let file = "../deploy/kustomize/base/rbac-agent.yaml";
+        let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(file)).unwrap();
+        let role: Value = serde_saphyr::from_str(text.split("\n---\n").next().unwrap()).unwrap();
+        assert_eq!(role["kind"], "ClusterRole");
+        let mut granted = BTreeSet::new();
+        for rule in role["rules"].as_array().unwrap() {
+            let verbs: BTreeSet<_> = strings(&rule["verbs"]).collect();
+            assert_eq!(verbs.contains("list"), verbs.contains("watch"), "{rule}");
+            for group in strings(&rule["apiGroups"]).filter(|_| verbs.contains("watch")) {
+                let resources = strings(&rule["resources"]);
+                granted.extend(resources.map(|name| (group.to_owned(), name.to_owned())));
+            }
+        }
+        let mesh = Kind::ALL.map(Kind::resource).into_iter();
+        let foreign = ForeignKind::ALL.map(ForeignKind::resource);
+        let watched = mesh
+            .chain(foreign)
+            .map(|resource| (resource.group.to_owned(), resource.plural.to_owned()));
+        let definitions = ("apiextensions.k8s.io", "customresourcedefinitions");
+        let mut wanted: BTreeSet<_> = watched.collect();
+        wanted.insert((definitions.0.into(), definitions.1.into()));
+        assert_eq!(granted, wanted);
+    }
+}

@@ -1,6 +1,7 @@
 //! kubectl, of this cluster or of any other.
 
 use std::{
+    fs,
     io::Write,
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -8,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::wait;
 
@@ -37,6 +38,21 @@ impl Kubectl {
             cache: Some(cache.to_owned()),
             ..self
         }
+    }
+
+    /// The same cluster as somebody else sees it: by a token, and by nothing of our own. Writes
+    /// the kubeconfig for that.
+    pub fn with_token(&self, token: &str, kubeconfig: &Path) -> Result<Self> {
+        let shown = self.run(&["config", "view", "--raw", "--minify", "-o=json"])?;
+        let mut config: Value = serde_json::from_str(&shown).context("the kubeconfig")?;
+        config["users"] = json!([{"name": "token", "user": {"token": token}}]);
+        config["contexts"][0]["context"]["user"] = json!("token");
+        fs::write(kubeconfig, config.to_string())
+            .with_context(|| format!("write {}", kubeconfig.display()))?;
+        Ok(Self {
+            kubeconfig: kubeconfig.to_owned(),
+            ..self.clone()
+        })
     }
 
     pub fn kubeconfig(&self) -> &Path {
@@ -80,7 +96,8 @@ impl Kubectl {
             .map(drop)
     }
 
-    fn feed(&self, args: &[&str], input: &str) -> Result<String> {
+    /// The same, and what it reads on standard input.
+    pub fn feed(&self, args: &[&str], input: &str) -> Result<String> {
         let mut child = self
             .command(args)
             .stdin(Stdio::piped())

@@ -2,7 +2,7 @@
 //!
 //! Called through [`Loader`]. One per bpf directory; another agent's is never touched.
 
-use std::{fs, os::fd::AsFd, path::PathBuf};
+use std::{cmp::Reverse, fs, os::fd::AsFd, path::PathBuf};
 
 use aya::programs::{CgroupAttachMode, SockOps, links::FdLink};
 use picomesh_common::config::program;
@@ -65,22 +65,30 @@ impl Loader {
     }
 }
 
-/// The first cgroup v2 mount: its root holds every process, on hosts with cgroup v1 as well.
+/// The root of cgroup v2: it holds every process, on hosts with cgroup v1 as well.
 fn cgroup2_root() -> Result<PathBuf, LoaderError> {
-    let mounts = fs::read_to_string("/proc/self/mounts").map_err(|source| LoaderError::Io {
-        doing: "reading /proc/self/mounts",
+    let mounts = fs::read_to_string("/proc/self/mountinfo").map_err(|source| LoaderError::Io {
+        doing: "reading /proc/self/mountinfo",
         source,
     })?;
     cgroup2_in(&mounts).ok_or(LoaderError::NoCgroup2)
 }
 
+/// Of all mounts of cgroup v2 the one that reaches highest. In a container there are two: its own
+/// cgroup, which is `/` to it, and the node's root, which the kernel tells as `/../..`.
 fn cgroup2_in(mounts: &str) -> Option<PathBuf> {
-    mounts.lines().find_map(|line| {
-        let mut fields = line.split(' ');
-        let (_device, path, kind) = (fields.next()?, fields.next()?, fields.next()?);
-        // The kernel writes blanks in paths as octal.
-        (kind == "cgroup2").then(|| PathBuf::from(path.replace("\\040", " ")))
-    })
+    let mounts = mounts.lines().filter_map(|line| {
+        let (left, right) = line.split_once(" - ")?;
+        let mut left = left.split(' ').skip(3);
+        let (root, point) = (left.next()?, left.next()?);
+        right.starts_with("cgroup2 ").then_some((root, point))
+    });
+    let (_root, point) = mounts.min_by_key(|(root, _)| {
+        let above = root.split('/').filter(|part| *part == "..").count();
+        (Reverse(above), root.len())
+    })?;
+    // The kernel writes blanks in paths as octal.
+    Some(PathBuf::from(point.replace("\\040", " ")))
 }
 
 #[cfg(test)]
@@ -89,18 +97,40 @@ mod tests {
 
     #[test]
     fn cgroup2_is_found_wherever_it_is_mounted() {
-        let hybrid = "tmpfs /sys/fs/cgroup tmpfs rw 0 0\n\
-                      cgroup /sys/fs/cgroup/cpu cgroup rw,cpu 0 0\n\
-                      cgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\n";
+        let v1 = "31 30 0:26 / /sys/fs/cgroup/cpu rw shared:5 - cgroup cgroup rw,cpu\n";
+        let hybrid = format!(
+            "30 24 0:25 / /sys/fs/cgroup ro - tmpfs tmpfs ro\n{v1}\
+             32 30 0:27 / /sys/fs/cgroup/unified rw shared:6 - cgroup2 cgroup2 rw\n"
+        );
         assert_eq!(
-            cgroup2_in(hybrid),
+            cgroup2_in(&hybrid),
             Some(PathBuf::from("/sys/fs/cgroup/unified"))
         );
-        let blank = "none /mnt/with\\040blank cgroup2 rw 0 0\n";
+        let blank = "32 30 0:27 / /mnt/with\\040blank rw - cgroup2 none rw\n";
         assert_eq!(cgroup2_in(blank), Some(PathBuf::from("/mnt/with blank")));
-        assert_eq!(
-            cgroup2_in("cgroup /sys/fs/cgroup/cpu cgroup rw,cpu 0 0\n"),
-            None
-        );
+        assert_eq!(cgroup2_in(v1), None);
+    }
+
+    #[test]
+    fn in_a_container_it_is_the_nodes_and_not_the_containers_own() {
+        // With a cgroup namespace of its own, as on nodes with cgroup v2.
+        let namespaced = "90 80 0:27 / /sys/fs/cgroup ro - cgroup2 cgroup rw\n\
+                          95 80 0:27 /../../../.. /host/sys/fs/cgroup ro - cgroup2 cgroup2 rw\n";
+        // Without, as on nodes with cgroup v1.
+        let plain = "90 80 0:27 /kubepods/pod1/c1 /sys/fs/cgroup/unified ro - cgroup2 cgroup rw\n\
+                     95 80 0:27 / /host/sys/fs/cgroup ro - cgroup2 cgroup2 rw\n";
+        for mounts in [namespaced, plain] {
+            let reversed: String = mounts
+                .lines()
+                .rev()
+                .map(|line| format!("{line}\n"))
+                .collect();
+            for mounts in [mounts, &reversed] {
+                assert_eq!(
+                    cgroup2_in(mounts),
+                    Some(PathBuf::from("/host/sys/fs/cgroup"))
+                );
+            }
+        }
     }
 }

@@ -158,7 +158,8 @@ fn memory_limit(
         mount.kind == "cgroup" && mount.options.split(',').any(|option| option == "memory")
     };
     find(Bound::CgroupV1, v1, &is_v1, "memory.limit_in_bytes").or_else(|| {
-        let is_v2 = |mount: &Mount<'_>| mount.kind == "cgroup2";
+        // One that begins above our own namespace's root is the node's, not where we are.
+        let is_v2 = |mount: &Mount<'_>| mount.kind == "cgroup2" && !mount.root.starts_with("/..");
         find(Bound::CgroupV2, v2, &is_v2, "memory.max")
     })
 }
@@ -264,6 +265,17 @@ mod tests {
         let file = ("/sys/fs/cgroup/memory.max", "67108864\n");
         let found = limit("0::/\n", V2, &[file]);
         assert_eq!(found, Some((Bound::CgroupV2, 64 * MIB)));
+    }
+
+    #[test]
+    fn the_nodes_root_that_a_container_was_given_is_not_where_it_is() {
+        let own = "90 80 0:27 / /sys/fs/cgroup ro - cgroup2 cgroup rw\n";
+        let node = "95 80 0:27 /../../.. /host/sys/fs/cgroup ro - cgroup2 cgroup2 rw\n";
+        let file = ("/sys/fs/cgroup/memory.max", "67108864\n");
+        for mounts in [format!("{own}{node}"), format!("{node}{own}")] {
+            let found = limit("0::/\n", &mounts, &[file]);
+            assert_eq!(found, Some((Bound::CgroupV2, 64 * MIB)));
+        }
     }
 
     #[test]
