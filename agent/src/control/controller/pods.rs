@@ -36,10 +36,15 @@ pub(super) struct Pods {
 
 /// Objects by namespace and name.
 struct Kind<T> {
-    known: HashMap<Arc<str>, HashMap<Arc<str>, T>>,
+    known: HashMap<Arc<str>, HashMap<Arc<str>, Known<T>>>,
     /// What the list under way has shown.
     listed: Option<BTreeSet<Name>>,
     complete: bool,
+}
+
+struct Known<T> {
+    uid: Box<str>,
+    object: T,
 }
 
 impl<T> Default for Kind<T> {
@@ -98,7 +103,7 @@ impl Pods {
     }
 
     pub(super) fn pod(&self, namespace: &str, name: &str) -> Option<&Pod> {
-        self.pods.known.get(namespace)?.get(name)
+        Some(&self.pods.known.get(namespace)?.get(name)?.object)
     }
 
     /// Does a pod of `identity`, in the mesh and not ended, run on `node`?
@@ -106,11 +111,13 @@ impl Pods {
         let unsaid = Words::default();
         let namespace = self.namespaces.known.get("");
         let namespace = namespace.and_then(|all| all.get(&identity.namespace));
+        let words = namespace.map_or(&unsaid, |known| &known.object);
         let pods = self.pods.known.get(&identity.namespace);
-        pods.into_iter().flat_map(HashMap::values).any(|pod| {
+        pods.into_iter().flat_map(HashMap::values).any(|known| {
+            let pod = &known.object;
             pod.node.as_deref() == Some(node)
                 && pod.service_account == identity.service_account
-                && is_meshed(pod, namespace.unwrap_or(&unsaid), &self.own)
+                && is_meshed(pod, words, &self.own)
         })
     }
 }
@@ -140,16 +147,20 @@ impl<T> Kind<T> {
                 }
                 match read(&seen) {
                     Ok(Some(object)) => {
-                        self.known
-                            .entry(namespace)
-                            .or_default()
-                            .insert(name, object);
+                        let uid = seen.uid().into();
+                        let all = self.known.entry(namespace).or_default();
+                        all.insert(name, Known { uid, object });
                     }
                     Ok(None) => self.forget(&namespace, &name),
                     Err(error) => {
-                        // It may be another pod than the one we knew by that name.
-                        warn!(namespace = &*namespace, name = &*name, %error, "does not read");
-                        self.forget(&namespace, &name);
+                        warn!(namespace = &*namespace, name = &*name, %error, "does not read; what \
+                              was good before counts");
+                        // But nothing of another object that had the same name.
+                        let all = self.known.get(&namespace);
+                        let known = all.and_then(|all| all.get(&name));
+                        if known.is_some_and(|known| *known.uid != *seen.uid()) {
+                            self.forget(&namespace, &name);
+                        }
                     }
                 }
             }
