@@ -172,24 +172,24 @@ pub fn claim(der: &[u8]) -> Result<Claim, RequestError> {
             });
         };
         for extension in &requested.extensions {
-            match extension.parsed_extension() {
-                ParsedExtension::SubjectAlternativeName(list) => {
-                    names.extend(list.general_names.iter().cloned());
-                }
-                ParsedExtension::BasicConstraints(constraints) if constraints.ca => {
-                    return Err(RequestError::Authority);
-                }
-                // The signer decides these; to say what a workload's certificate has is harmless.
+            let parsed = extension.parsed_extension();
+            // The signer decides these; to say what a workload's certificate has is harmless.
+            let harmless = matches!(
+                parsed,
                 ParsedExtension::BasicConstraints(_)
-                | ParsedExtension::KeyUsage(_)
-                | ParsedExtension::ExtendedKeyUsage(_) => {}
-                _ => {
-                    return Err(RequestError::Unsuitable {
-                        field: "extension",
-                        value: extension.oid.to_id_string(),
-                        must: "left out",
-                    });
-                }
+                    | ParsedExtension::KeyUsage(_)
+                    | ParsedExtension::ExtendedKeyUsage(_)
+            );
+            if let ParsedExtension::SubjectAlternativeName(list) = parsed {
+                names.extend(list.general_names.iter().cloned());
+            } else if matches!(parsed, ParsedExtension::BasicConstraints(of) if of.ca) {
+                return Err(RequestError::Authority);
+            } else if !harmless {
+                return Err(RequestError::Unsuitable {
+                    field: "extension",
+                    value: extension.oid.to_id_string(),
+                    must: "left out",
+                });
             }
         }
     }

@@ -1,6 +1,9 @@
 use std::{os::unix::fs::PermissionsExt, sync::Barrier};
 
-use rcgen::{BasicConstraints, DnType, IsCa, Issuer};
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
+    KeyUsagePurpose, SanType,
+};
 use tempfile::TempDir;
 use x509_parser::{certificate::X509Certificate, extensions::GeneralName, prelude::FromDer};
 
@@ -8,6 +11,7 @@ use super::*;
 use crate::identity::{
     authority::{CA_LIFE, at, params},
     clock::TestClock,
+    csr::Request,
     peer_identity,
     testing::*,
 };
