@@ -11,6 +11,7 @@
 
 mod bpf_dir;
 mod cluster;
+pub mod control;
 pub mod desired;
 mod estate;
 pub mod finding;

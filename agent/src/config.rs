@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod control;
 #[cfg(test)]
 mod tests;
 
@@ -34,6 +35,7 @@ pub use args::{
     CleanupArgs, Cli, CniArgs, Command, DebugArgs, DebugSubject, DirArgs, DirectionArg, OutputArg,
     PoliciesArgs, ProbeArg, ProbeArgs, RunArgs,
 };
+pub use control::{ControlConfig, ControllerArgs, Role, SignerArgs};
 
 /// Everything `run` needs, valid.
 #[derive(Clone, Debug)]
@@ -188,13 +190,7 @@ impl RunArgs {
             }
             port => port,
         };
-        let log_level = self
-            .log_level
-            .or_else(|| environment("LINKERD_LOG_LEVEL")?.into_string().ok())
-            .unwrap_or_else(|| "info".into());
-        if let Err(error) = telemetry::parse(&log_level) {
-            return Err(BadValue::new("--log-level", log_level, error.to_string()));
-        }
+        let log_level = log_level(self.log_level, &environment)?;
         Ok(Config {
             mesh: MeshSettings {
                 cluster: Arc::from(self.cluster_name),
@@ -221,10 +217,7 @@ impl RunArgs {
             force_clsact: self.force_clsact,
             fail_open: self.fail_open,
             log_level,
-            log_format: match self.log_format {
-                LogFormatArg::Text => LogFormat::Text,
-                LogFormatArg::Json => LogFormat::Json,
-            },
+            log_format: self.log_format.into(),
             access_log: match self.access_log.as_str() {
                 "stdout" => AccessLogTarget::Stdout,
                 "off" => AccessLogTarget::Off,
@@ -308,12 +301,34 @@ impl From<PolicyArg> for DefaultPolicy {
     }
 }
 
+impl From<LogFormatArg> for LogFormat {
+    fn from(arg: LogFormatArg) -> Self {
+        match arg {
+            LogFormatArg::Text => Self::Text,
+            LogFormatArg::Json => Self::Json,
+        }
+    }
+}
+
 impl From<OutboundArg> for OutboundDefault {
     fn from(arg: OutboundArg) -> Self {
         match arg {
             OutboundArg::Allow => Self::Allow,
             OutboundArg::Deny => Self::Deny,
         }
+    }
+}
+
+fn log_level(
+    given: Option<String>,
+    environment: impl Fn(&str) -> Option<OsString>,
+) -> Result<String, BadValue> {
+    let level = given
+        .or_else(|| environment("LINKERD_LOG_LEVEL")?.into_string().ok())
+        .unwrap_or_else(|| "info".into());
+    match telemetry::parse(&level) {
+        Ok(_) => Ok(level),
+        Err(error) => Err(BadValue::new("--log-level", level, error.to_string())),
     }
 }
 

@@ -55,6 +55,8 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Run(args) => app::run(args.config(|name| env::var_os(name))?),
+        Command::Controller(args) => app::control::run(args.config(|name| env::var_os(name))?),
+        Command::Signer(args) => app::control::run(args.config(|name| env::var_os(name))?),
         Command::Cleanup(config::CleanupArgs { dirs, cni }) => {
             let install = cni.install(&dirs.run_dir)?;
             let settings = DatapathSettings {

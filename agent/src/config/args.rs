@@ -23,6 +23,10 @@ pub struct Cli {
 pub enum Command {
     /// Serves the pods of one node, until SIGTERM.
     Run(Box<RunArgs>),
+    /// Decides who gets a certificate, for the whole cluster; several may run.
+    Controller(Box<super::ControllerArgs>),
+    /// Keeps the cluster's authority and signs what is approved; several may run.
+    Signer(Box<super::SignerArgs>),
     /// Takes every pod out of the mesh and removes every trace, when no agent runs.
     Cleanup(CleanupArgs),
     /// Asks a running agent.

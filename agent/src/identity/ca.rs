@@ -21,34 +21,27 @@ use std::{
     path::{Path, PathBuf},
     pin::Pin,
     sync::Arc,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime},
 };
 
 use arc_swap::ArcSwap;
-use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
-    Issuer, KeyPair, KeyUsagePurpose, PublicKeyData, SanType, SerialNumber,
-};
+use rcgen::KeyPair;
 use rustls::pki_types::{CertificateDer, pem::PemObject};
 use tokio::sync::watch;
-use x509_parser::{certificate::X509Certificate, prelude::FromDer};
+use zeroize::Zeroizing;
 
 use crate::state::Identity;
 
 use super::{
     Bundle, SignError, Signed, Signer,
+    authority::{Authority, Part, is_self_signed, self_signed},
     clock::Clock,
-    csr::{Request, RequestError, believed_key},
+    csr::believed_key,
     spiffe::parse_spiffe_id,
-    tls::{Tls, tls_reason},
 };
 
-/// How long a workload's certificate lives from now on, unless the agent is told otherwise.
-pub const LIFE: Duration = Duration::from_secs(24 * 3600);
-/// How long before now it is valid already: boards have no clock battery.
-pub const SKEW: Duration = Duration::from_secs(3600);
-/// How long an authority made here lives.
-const CA_LIFE: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+pub use super::authority::{LIFE, SKEW};
+
 /// From when on a person is told that the authority ends.
 const CA_WARNING: Duration = Duration::from_secs(30 * 24 * 3600);
 const POLL: Duration = Duration::from_secs(1);
@@ -93,16 +86,6 @@ pub enum CaError {
     Unusable { path: PathBuf, reason: String },
     #[error("cannot make an authority: {0}")]
     Make(#[from] rcgen::Error),
-    #[error(transparent)]
-    Request(#[from] RequestError),
-}
-
-/// The issuer and what peers need to find their way from it to an anchor.
-struct Authority {
-    issuer: Issuer<'static, KeyPair>,
-    not_after: SystemTime,
-    /// The issuer's chain, without certificates that are anchors.
-    intermediates: Vec<CertificateDer<'static>>,
 }
 
 impl LocalCa {
@@ -245,69 +228,6 @@ impl Signer for LocalCa {
     }
 }
 
-impl Authority {
-    fn sign(
-        &self,
-        identity: &Identity,
-        key: &impl PublicKeyData,
-        now: SystemTime,
-        life: Duration,
-    ) -> Result<Signed, String> {
-        if now >= self.not_after {
-            return Err(
-                "the authority's own certificate (tls.crt) has expired: rotate it".to_owned(),
-            );
-        }
-        let mut params = params(now - SKEW, (now + life).min(self.not_after));
-        params.subject_alt_names = vec![SanType::URI(
-            identity
-                .to_string()
-                .try_into()
-                .map_err(|error: rcgen::Error| error.to_string())?,
-        )];
-        params.is_ca = IsCa::ExplicitNoCa;
-        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages = vec![
-            ExtendedKeyUsagePurpose::ServerAuth,
-            ExtendedKeyUsagePurpose::ClientAuth,
-        ];
-        params.use_authority_key_identifier_extension = true;
-        let leaf = params
-            .signed_by(key, &self.issuer)
-            .map_err(|error| error.to_string())?;
-        let mut chain = vec![leaf.der().clone()];
-        chain.extend(self.intermediates.iter().cloned());
-        Ok(Signed { chain })
-    }
-}
-
-/// No subject, a random serial number, whole seconds.
-fn params(not_before: SystemTime, not_after: SystemTime) -> CertificateParams {
-    let mut params = CertificateParams::default();
-    params.distinguished_name = DistinguishedName::new();
-    params.not_before = whole_second(not_before).into();
-    params.not_after = whole_second(not_after).into();
-    params.serial_number = Some(random_serial());
-    params
-}
-
-/// The X.509 encodings of time end at seconds; GeneralizedTime must not have a fraction.
-fn whole_second(at: SystemTime) -> SystemTime {
-    let since = at.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
-    UNIX_EPOCH + Duration::from_secs(since.as_secs())
-}
-
-/// 126 random bits, positive and never zero.
-fn random_serial() -> SerialNumber {
-    let mut bytes = [0; 16];
-    if aws_lc_rs::rand::fill(&mut bytes).is_err() {
-        // Uniqueness is all a serial number owes; the signature does not rest on it.
-        fastrand::fill(&mut bytes);
-    }
-    bytes[0] = bytes[0] & 0x7f | 0x40;
-    SerialNumber::from_slice(&bytes)
-}
-
 fn make_dir(dir: &Path) -> Result<(), CaError> {
     fs::DirBuilder::new()
         .recursive(true)
@@ -354,8 +274,8 @@ fn make_what_is_missing(dir: &Path, trust_domain: &str, now: SystemTime) -> Resu
         }
         (true, true, false) => {
             let pem = read(&crt)?;
-            let chain = certificates(&crt, &pem)?;
-            if chain.len() == 1 && is_self_signed(&chain[0]) {
+            let chain = CertificateDer::pem_slice_iter(&pem).collect::<Result<Vec<_>, _>>();
+            if chain.is_ok_and(|chain| chain.len() == 1 && is_self_signed(&chain[0])) {
                 write(&anchors, 0o644, &pem)
             } else {
                 Err(CaError::Missing {
@@ -375,25 +295,7 @@ fn make_what_is_missing(dir: &Path, trust_domain: &str, now: SystemTime) -> Resu
     }
 }
 
-fn self_signed(pair: &KeyPair, trust_domain: &str, now: SystemTime) -> Result<String, CaError> {
-    let mut params = params(now - SKEW, now + CA_LIFE);
-    // The serial number is in the name, so that no two authorities ever share one.
-    let serial: String = random_serial().to_string().replace(':', "");
-    let domain: String = trust_domain.chars().take(32).collect();
-    params.distinguished_name.push(
-        DnType::CommonName,
-        format!(
-            "picomesh {domain} {}",
-            serial.chars().take(12).collect::<String>()
-        ),
-    );
-    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-    Ok(params.self_signed(pair)?.pem())
-}
-
-/// Everything read, checked and seen to work: a certificate made the way agents get them is
-/// verified the way agents verify.
+/// The directory as it stands, if all of it is good.
 fn load(
     dir: &Path,
     trust_domain: &Arc<str>,
@@ -402,54 +304,16 @@ fn load(
     let (crt, key, ca) = paths(dir);
     check_permissions(&crt, 0o022, 0o644, "replace the issuer")?;
     check_permissions(&ca, 0o022, 0o644, "add an anchor")?;
-    let pair = read_key(&key)?;
-    let chain = certificates(&crt, &read(&crt)?)?;
-    let bundle = Bundle {
-        anchors: certificates(&ca, &read(&ca)?)?,
-    };
-
-    let unusable = |reason: String| CaError::Unusable {
-        path: crt.clone(),
-        reason,
-    };
-    let (_, issuer) = X509Certificate::from_der(&chain[0])
-        .map_err(|error| unusable(format!("does not parse: {error}")))?;
-    if issuer.public_key().subject_public_key.data.as_ref() != pair.public_key_raw() {
-        return Err(unusable(
-            "is not the certificate of tls.key: replace both together".to_owned(),
-        ));
-    }
-    let not_after = at(issuer.validity().not_after.timestamp());
-    let authority = Authority {
-        issuer: Issuer::from_ca_cert_der(&chain[0], pair)?,
-        not_after,
-        intermediates: chain
-            .iter()
-            .filter(|certificate| !bundle.anchors.contains(certificate))
-            .cloned()
-            .collect(),
-    };
-
-    let now = clock.now();
-    if now < not_after {
-        let probe = Identity {
-            trust_domain: trust_domain.clone(),
-            namespace: "picomesh-system".into(),
-            service_account: "probe".into(),
-        };
-        let key = believed_key(&Request::new(&probe)?.der)?;
-        let signed = authority.sign(&probe, &key, now, LIFE).map_err(&unusable)?;
-        Tls::new(trust_domain.clone(), &bundle, clock.clone())
-            .check_own(&probe, &signed.chain)
-            .map_err(|error| {
-                unusable(format!(
-                    "what it signs is not accepted with the anchors in ca.crt ({}): add its \
-                     root to ca.crt, and see that it may sign certificates",
-                    tls_reason(&error)
-                ))
-            })?;
-    }
-    Ok((authority, bundle))
+    let pair = Zeroizing::new(secret(&key)?);
+    let read = Authority::read(&read(&crt)?, &pair, &read(&ca)?, trust_domain, clock);
+    read.map_err(|unusable| CaError::Unusable {
+        path: match unusable.part {
+            Part::Chain => crt,
+            Part::Key => key,
+            Part::Anchors => ca,
+        },
+        reason: unusable.reason,
+    })
 }
 
 fn warn_if_ending(dir: &Path, authority: &Authority, now: SystemTime) {
@@ -480,41 +344,20 @@ fn stamps(dir: &Path) -> [Option<(u64, u64, i64, i64)>; 3] {
     })
 }
 
-fn read_key(path: &Path) -> Result<KeyPair, CaError> {
+/// The key's file, which nobody else may read.
+fn secret(path: &Path) -> Result<Vec<u8>, CaError> {
     check_permissions(path, 0o077, 0o600, "sign as anybody")?;
-    let pem = read(path)?;
-    let unusable = |reason: String| CaError::Unusable {
-        path: path.to_owned(),
-        reason,
-    };
-    let pem = str::from_utf8(&pem).map_err(|_| unusable("is not PEM".to_owned()))?;
+    read(path)
+}
+
+fn read_key(path: &Path) -> Result<KeyPair, CaError> {
+    let pem = Zeroizing::new(secret(path)?);
+    let pem = str::from_utf8(&pem).ok();
     // The library's reason is not repeated: it could carry a part of what it read.
-    KeyPair::from_pem(pem)
-        .map_err(|_| unusable("is not a private key in PKCS#8 PEM form".to_owned()))
-}
-
-fn certificates(path: &Path, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, CaError> {
-    let unusable = |reason: String| CaError::Unusable {
+    let pair = pem.and_then(|pem| KeyPair::from_pem(pem).ok());
+    pair.ok_or_else(|| CaError::Unusable {
         path: path.to_owned(),
-        reason,
-    };
-    let list = CertificateDer::pem_slice_iter(pem)
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(|error| unusable(format!("is not PEM: {error}")))?;
-    if list.is_empty() {
-        return Err(unusable("holds no certificate".to_owned()));
-    }
-    for (index, der) in list.iter().enumerate() {
-        X509Certificate::from_der(der).map_err(|error| {
-            unusable(format!("certificate {} does not parse: {error}", index + 1))
-        })?;
-    }
-    Ok(list)
-}
-
-fn is_self_signed(der: &CertificateDer<'_>) -> bool {
-    X509Certificate::from_der(der).is_ok_and(|(_, certificate)| {
-        certificate.subject() == certificate.issuer() && certificate.verify_signature(None).is_ok()
+        reason: "is not a private key in PEM form (PKCS#8, SEC1 or PKCS#1)".to_owned(),
     })
 }
 
@@ -573,10 +416,6 @@ fn write(path: &Path, mode: u32, content: &[u8]) -> Result<(), CaError> {
             .map_or(Ok(()), |dir| File::open(dir)?.sync_all())
     };
     attempt().map_err(io_error("write", path))
-}
-
-fn at(timestamp: i64) -> SystemTime {
-    UNIX_EPOCH + Duration::from_secs(u64::try_from(timestamp).unwrap_or(0))
 }
 
 fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> CaError {

@@ -44,14 +44,14 @@ pub(super) fn unix_time(at: SystemTime) -> UnixTime {
 /// Wall time that follows tokio's (pausable) clock and can be set apart from it.
 #[cfg(test)]
 #[derive(Debug)]
-pub(super) struct TestClock {
+pub(crate) struct TestClock {
     start: tokio::time::Instant,
     base: parking_lot::Mutex<SystemTime>,
 }
 
 #[cfg(test)]
 impl TestClock {
-    pub(super) fn new() -> Arc<Self> {
+    pub(crate) fn new() -> Arc<Self> {
         Arc::new(Self {
             start: tokio::time::Instant::now(),
             base: parking_lot::Mutex::new(UNIX_EPOCH + Duration::from_secs(1_800_000_000)),
@@ -59,7 +59,7 @@ impl TestClock {
     }
 
     /// As when NTP answers: wall time jumps, monotonic time does not.
-    pub(super) fn jump(&self, by: Duration) {
+    pub(crate) fn jump(&self, by: Duration) {
         *self.base.lock() += by;
     }
 }

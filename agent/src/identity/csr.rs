@@ -1,8 +1,9 @@
 //! Certificate signing requests: how one is made on the node, and what a signer believes of it.
 //!
-//! [`Request::new`] is called by `manager`, [`believed_key`] by every signer (here `ca`). The two
-//! stand side by side because they are a contract: a request carries the identity for people who
-//! look at it, but a signer takes nothing from it except the public key.
+//! [`Request::new`] is called by `manager`, [`believed_key`] by the signer that is told whom a
+//! request is for (`ca`), [`claim`] by those who only have the request (`control`). They stand side
+//! by side because they are a contract: a certificate takes from a request the public key, and
+//! where nothing else names it the one identity; whoever asks for more than that is refused.
 
 use rcgen::{CertificateParams, DistinguishedName, KeyPair, SanType, SubjectPublicKeyInfo};
 use rustls::{
@@ -11,8 +12,14 @@ use rustls::{
     sign::SigningKey,
 };
 use std::sync::Arc;
-use x509_parser::{certification_request::X509CertificationRequest, prelude::FromDer};
+use x509_parser::{
+    certification_request::X509CertificationRequest,
+    cri_attributes::ParsedCriAttribute,
+    extensions::{GeneralName, ParsedExtension},
+    prelude::FromDer,
+};
 
+use super::spiffe::{NotAWorkload, parse_spiffe_id};
 use crate::state::Identity;
 
 /// The longest request a signer reads; ours have about 250 bytes.
@@ -48,6 +55,12 @@ pub enum RequestError {
     },
     #[error("the request is not signed by its own key")]
     BadSignature,
+    #[error("the request asks for {0}; only one subject alternative name, a URI, may be asked for")]
+    Names(String),
+    #[error("the request asks to be a certificate authority; leave basicConstraints out")]
+    Authority,
+    #[error(transparent)]
+    Identity(#[from] NotAWorkload),
 }
 
 impl Request {
@@ -124,6 +137,73 @@ pub fn believed_key(der: &[u8]) -> Result<SubjectPublicKeyInfo, RequestError> {
     .verify(info.raw, &request.signature_value.data)
     .map_err(|_unspecified| RequestError::BadSignature)?;
     Ok(SubjectPublicKeyInfo::from_der(key.raw)?)
+}
+
+/// What a request asks for, when nothing else tells for whom it is.
+#[derive(Debug)]
+pub struct Claim {
+    pub identity: Identity,
+    pub key: SubjectPublicKeyInfo,
+}
+
+/// Reads a request that must ask for exactly what a workload gets: one URI as its only name, no
+/// subject, no authority over others, and a key that passes [`believed_key`].
+pub fn claim(der: &[u8]) -> Result<Claim, RequestError> {
+    let key = believed_key(der)?;
+    let (_, request) = X509CertificationRequest::from_der(der)
+        .map_err(|error| RequestError::Malformed(error.to_string()))?;
+    let info = &request.certification_request_info;
+    if info.subject.iter().next().is_some() {
+        let subject: String = info.subject.to_string().chars().take(128).collect();
+        return Err(RequestError::Unsuitable {
+            field: "subject",
+            value: format!("{subject:?}"),
+            must: "empty",
+        });
+    }
+
+    let mut names = Vec::new();
+    for attribute in info.iter_attributes() {
+        let ParsedCriAttribute::ExtensionRequest(requested) = attribute.parsed_attribute() else {
+            return Err(RequestError::Unsuitable {
+                field: "attribute",
+                value: attribute.oid.to_id_string(),
+                must: "left out",
+            });
+        };
+        for extension in &requested.extensions {
+            let parsed = extension.parsed_extension();
+            // The signer decides these; to say what a workload's certificate has is harmless.
+            let harmless = matches!(
+                parsed,
+                ParsedExtension::BasicConstraints(_)
+                    | ParsedExtension::KeyUsage(_)
+                    | ParsedExtension::ExtendedKeyUsage(_)
+            );
+            if let ParsedExtension::SubjectAlternativeName(list) = parsed {
+                names.extend(list.general_names.iter().cloned());
+            } else if matches!(parsed, ParsedExtension::BasicConstraints(of) if of.ca) {
+                return Err(RequestError::Authority);
+            } else if !harmless {
+                return Err(RequestError::Unsuitable {
+                    field: "extension",
+                    value: extension.oid.to_id_string(),
+                    must: "left out",
+                });
+            }
+        }
+    }
+    match &names[..] {
+        [GeneralName::URI(uri)] => Ok(Claim {
+            identity: parse_spiffe_id(uri)?,
+            key,
+        }),
+        [other] => {
+            let other: String = other.to_string().chars().take(128).collect();
+            Err(RequestError::Names(format!("the name {other}")))
+        }
+        many => Err(RequestError::Names(format!("{} names", many.len()))),
+    }
 }
 
 fn must_be(field: &'static str, value: String, must: &'static str) -> Result<(), RequestError> {
@@ -211,6 +291,84 @@ mod tests {
                 ..
             })
         ));
+    }
+
+    fn asking(change: impl FnOnce(&mut CertificateParams)) -> Result<Claim, RequestError> {
+        let pair = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).unwrap();
+        let mut params = CertificateParams::default();
+        params.distinguished_name = DistinguishedName::new();
+        params.subject_alt_names = vec![uri("spiffe://td/ns/a/sa/b")];
+        change(&mut params);
+        claim(params.serialize_request(&pair).unwrap().der())
+    }
+
+    fn uri(text: &str) -> SanType {
+        SanType::URI(text.try_into().unwrap())
+    }
+
+    #[test]
+    fn what_a_request_claims_is_what_it_was_made_for() {
+        let request = request();
+        let claim = claim(&request.der).unwrap();
+        assert_eq!(claim.identity.to_string(), "spiffe://td/ns/a/sa/b");
+        assert_eq!(claim.key.der_bytes(), request.public_key);
+    }
+
+    #[test]
+    fn who_asks_for_more_than_one_identity_is_refused() {
+        type Change = fn(&mut CertificateParams);
+        let refused: [(&str, Change); 9] = [
+            ("0 names", |p| p.subject_alt_names.clear()),
+            ("2 names", |p| {
+                p.subject_alt_names.push(uri("spiffe://td/ns/a/sa/c"));
+            }),
+            ("2 names", |p| {
+                let dns = SanType::DnsName("a.b".try_into().unwrap());
+                p.subject_alt_names.push(dns);
+            }),
+            ("the name DNSName", |p| {
+                p.subject_alt_names = vec![SanType::DnsName("a.b".try_into().unwrap())];
+            }),
+            ("the name IPAddress", |p| {
+                p.subject_alt_names = vec![SanType::IpAddress([127, 0, 0, 1].into())];
+            }),
+            ("is not spiffe://", |p| {
+                p.subject_alt_names = vec![uri("https://td/ns/a/sa/b")];
+            }),
+            ("subject", |p| {
+                p.distinguished_name
+                    .push(rcgen::DnType::CommonName, "system:admin");
+            }),
+            ("certificate authority", |p| {
+                p.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+            }),
+            ("extension", |p| {
+                p.custom_extensions
+                    .push(rcgen::CustomExtension::from_oid_content(
+                        &[1, 2, 3, 4],
+                        vec![5, 0],
+                    ));
+            }),
+        ];
+        for (says, change) in refused {
+            let error = asking(change).unwrap_err().to_string();
+            assert!(error.contains(says), "{says}: {error}");
+        }
+        asking(|_| {}).unwrap();
+    }
+
+    #[test]
+    fn names_in_two_extensions_count_together() {
+        let error = asking(|params| {
+            // A second subjectAltName, by hand: [6] "spiffe://td/ns/a/sa/c".
+            let name = b"spiffe://td/ns/a/sa/c";
+            let length = u8::try_from(name.len()).unwrap();
+            let mut content = vec![0x30, length + 2, 0x86, length];
+            content.extend_from_slice(name);
+            let second = rcgen::CustomExtension::from_oid_content(&[2, 5, 29, 17], content);
+            params.custom_extensions.push(second);
+        });
+        error.unwrap_err();
     }
 
     proptest! {

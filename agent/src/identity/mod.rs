@@ -5,6 +5,7 @@
 //! the process, on a cluster the controller and signer do, through the same trait.
 #![forbid(unsafe_code)]
 
+pub mod authority;
 pub mod awaited;
 pub mod ca;
 pub mod clock;

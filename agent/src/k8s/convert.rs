@@ -39,9 +39,14 @@ pub struct Converter {
 
 impl Converter {
     pub fn new(settings: &MeshSettings) -> Self {
+        Self::named(&settings.cluster, &settings.trust_domain)
+    }
+
+    /// For who needs nothing else of the mesh's settings.
+    pub fn named(cluster: &Arc<str>, trust_domain: &Arc<str>) -> Self {
         Self {
-            cluster: Arc::clone(&settings.cluster),
-            trust_domain: Arc::clone(&settings.trust_domain),
+            cluster: Arc::clone(cluster),
+            trust_domain: Arc::clone(trust_domain),
         }
     }
 

@@ -35,9 +35,20 @@ const REMEMBERED: usize = 1024;
 /// One each, and so many at once.
 const EVERY: Duration = Duration::from_secs(1);
 const BURST: u32 = 20;
-const COMPONENT: &str = "picomesh-agent";
+const AGENT: Component = Component {
+    name: "picomesh-agent",
+    action: "Enrol",
+};
 /// What the API server allows, and more than people read.
 const MAX_MESSAGE: usize = 1000;
+
+/// Who says it, and what it was doing.
+#[derive(Clone, Copy, Debug)]
+pub struct Component {
+    pub name: &'static str,
+    /// In upper camel case.
+    pub action: &'static str,
+}
 
 /// What an Event is about.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -66,14 +77,23 @@ pub struct Events {
 }
 
 impl Events {
-    /// The future writes them, and ends with the last handle.
+    /// An agent's, of `node`.
     pub fn start(client: Client, node: Arc<str>) -> (Self, impl Future<Output = ()> + Send) {
+        Self::start_as(AGENT, client, node)
+    }
+
+    /// The future writes them, and ends with the last handle.
+    pub fn start_as(
+        component: Component,
+        client: Client,
+        instance: Arc<str>,
+    ) -> (Self, impl Future<Output = ()> + Send) {
         let (queue, warnings) = mpsc::channel(QUEUE);
         let events = Self {
             queue,
             dropped: Arc::default(),
         };
-        (events, write(client, node, warnings))
+        (events, write(component, client, instance, warnings))
     }
 
     pub fn warn(&self, warning: Warning) {
@@ -88,7 +108,12 @@ impl Events {
     }
 }
 
-async fn write(client: Client, node: Arc<str>, mut warnings: mpsc::Receiver<Warning>) {
+async fn write(
+    component: Component,
+    client: Client,
+    instance: Arc<str>,
+    mut warnings: mpsc::Receiver<Warning>,
+) {
     let mut said = Said::default();
     let (mut tokens, mut filled) = (BURST, Instant::now());
     while let Some(warning) = warnings.recv().await {
@@ -107,7 +132,7 @@ async fn write(client: Client, node: Arc<str>, mut warnings: mpsc::Receiver<Warn
             tokens = 1;
         }
         tokens -= 1;
-        let event = event(&warning, &node, Timestamp::now());
+        let event = event(component, &warning, &instance, Timestamp::now());
         let place = event.metadata.namespace.clone().unwrap_or_default();
         let api = Api::<Event>::namespaced(client.clone(), &place);
         match api.create(&PostParams::default(), &event).await {
@@ -150,7 +175,7 @@ impl Said {
     }
 }
 
-fn event(warning: &Warning, node: &str, now: Timestamp) -> Event {
+fn event(component: Component, warning: &Warning, instance: &str, now: Timestamp) -> Event {
     let Warning {
         about,
         reason,
@@ -195,12 +220,12 @@ fn event(warning: &Warning, node: &str, now: Timestamp) -> Event {
         first_timestamp: Some(Time(now)),
         last_timestamp: Some(Time(now)),
         event_time: Some(MicroTime(now)),
-        action: Some("Enrol".into()),
-        reporting_component: Some(COMPONENT.into()),
-        reporting_instance: Some(node.to_owned()),
+        action: Some(component.action.into()),
+        reporting_component: Some(component.name.into()),
+        reporting_instance: Some(instance.to_owned()),
         source: Some(EventSource {
-            component: Some(COMPONENT.into()),
-            host: Some(node.to_owned()),
+            component: Some(component.name.into()),
+            host: Some(instance.to_owned()),
         }),
         ..Event::default()
     }
@@ -267,7 +292,7 @@ mod tests {
     fn two_agents_give_the_same_event_the_same_name_for_an_hour() {
         let at = |seconds| Timestamp::from_second(seconds).unwrap();
         let name = |node, seconds, message: &str| {
-            let event = event(&warning("a", message), node, at(seconds));
+            let event = event(AGENT, &warning("a", message), node, at(seconds));
             event.metadata.name.unwrap()
         };
         assert_eq!(name("n1", 7200, "x"), name("n2", 7300, "x"));
@@ -278,7 +303,7 @@ mod tests {
     #[test]
     fn an_event_fits_whatever_it_says() {
         let long = warning(&"n".repeat(253), &"ü".repeat(5000));
-        let event = event(&long, "n1", Timestamp::UNIX_EPOCH);
+        let event = event(AGENT, &long, "n1", Timestamp::UNIX_EPOCH);
         assert_eq!(event.metadata.name.unwrap().len(), 253);
         assert!(event.message.unwrap().len() <= MAX_MESSAGE + '…'.len_utf8());
     }

@@ -220,8 +220,8 @@ fn workloads<'a>(
             object: pod.key.clone(),
             message: message.clone(),
         }));
-        let asked_for = said.iter().find_map(|words| words.mesh).unwrap_or(false);
-        let exempt = exempt(pod, settings);
+        let asked_for = asked_for(pod, namespace);
+        let exempt = exempt(pod, &settings.namespace);
         if let (Some(true), Some(why)) = (pod.words.mesh, exempt) {
             problems.push(Problem {
                 kind: "Pod",
@@ -266,7 +266,7 @@ fn workloads<'a>(
             local,
             ips: pod.ips.clone(),
             host_network: pod.host_network,
-            meshed: asked_for && exempt.is_none() && refused.is_none(),
+            meshed: is_meshed(pod, namespace, &settings.namespace),
             refused: refused.cloned(),
             labels: pod.labels.clone(),
             namespace_labels: network.namespace_labels(&pod.key.namespace),
@@ -283,12 +283,23 @@ fn workloads<'a>(
     workloads
 }
 
+/// Is a pod in the mesh, by desired state? `namespace`: what its namespace says; `own`: the
+/// namespace of the mesh's own objects.
+pub fn is_meshed(pod: &Pod, namespace: &Words, own: &str) -> bool {
+    let possible = !pod.terminal && exempt(pod, own).is_none() && pod.foreign_policy.is_none();
+    possible && asked_for(pod, namespace)
+}
+
+/// The nearer word wins.
+fn asked_for(pod: &Pod, namespace: &Words) -> bool {
+    pod.words.mesh.or(namespace.mesh).unwrap_or(false)
+}
+
 /// Why a pod is never in the mesh, whatever its labels say.
-fn exempt(pod: &Pod, settings: &MeshSettings) -> Option<&'static str> {
+fn exempt(pod: &Pod, own: &str) -> Option<&'static str> {
     if pod.host_network {
         Some("it shares the node's network")
-    } else if NEVER_MESHED.contains(&&*pod.key.namespace) || pod.key.namespace == settings.namespace
-    {
+    } else if NEVER_MESHED.contains(&&*pod.key.namespace) || *pod.key.namespace == *own {
         Some("the cluster's own pods and ours stay outside")
     } else {
         None

@@ -232,30 +232,66 @@ impl Api {
 
     fn write(&self, method: &Method, path: &str, body: Value) -> Response<Answer> {
         if *method == Method::POST {
-            let mut object = body;
-            if object["metadata"]["name"].is_null() {
-                let stem = object["metadata"]["generateName"]
-                    .as_str()
-                    .unwrap_or_default();
-                object["metadata"]["name"] = json!(format!("{stem}{}", self.next()));
-            }
-            if self.get(path, &name_of(&object)).is_some() {
-                return status(StatusCode::CONFLICT, "already exists");
-            }
-            self.put(path, object.clone());
-            return json_of(&object);
+            return self.create(path, body);
         }
-        // PATCH of a status.
-        let path = path.trim_end_matches("/status");
-        let Some((collection, name)) = path.rsplit_once('/') else {
+        let whole = path.trim_end_matches("/status");
+        let whole = whole.trim_end_matches("/approval");
+        let Some((collection, name)) = whole.rsplit_once('/') else {
             return status(StatusCode::NOT_FOUND, "not found");
         };
-        let Some(mut object) = self.get(collection, &format!("/{name}")) else {
+        let all = self.all(collection);
+        let known = all.into_iter().find(|o| o["metadata"]["name"] == *name);
+        let Some(mut object) = known else {
             return status(StatusCode::NOT_FOUND, "not found");
         };
-        object["status"] = body["status"].clone();
-        self.put(collection, object.clone());
-        json_of(&object)
+        let of_deletion = &body["preconditions"]["resourceVersion"];
+        for read_at in [&body["metadata"]["resourceVersion"], of_deletion] {
+            if !read_at.is_null() && *read_at != object["metadata"]["resourceVersion"] {
+                return status(StatusCode::CONFLICT, "it has changed since");
+            }
+        }
+        match *method {
+            Method::DELETE => {
+                self.delete(collection, &name_of(&object));
+                return status(StatusCode::OK, "deleted");
+            }
+            Method::PUT => {
+                let place = object["metadata"]["namespace"].take();
+                object = body;
+                object["metadata"]["namespace"] = place;
+            }
+            // PATCH of a status or of what is kept in it.
+            _ => merge(&mut object["status"], &body["status"]),
+        }
+        self.put(collection, object);
+        self.found(collection, name)
+    }
+
+    fn create(&self, path: &str, mut object: Value) -> Response<Answer> {
+        if object["metadata"]["name"].is_null() {
+            let stem = object["metadata"]["generateName"]
+                .as_str()
+                .unwrap_or_default();
+            object["metadata"]["name"] = json!(format!("{stem}{}", self.next()));
+        }
+        let place = path
+            .split_once("/namespaces/")
+            .and_then(|(_, rest)| rest.split_once('/'));
+        if let Some((namespace, _)) = place {
+            object["metadata"]["namespace"] = json!(namespace);
+        }
+        if self.get(path, &name_of(&object)).is_some() {
+            return status(StatusCode::CONFLICT, "already exists");
+        }
+        let name = object["metadata"]["name"].clone();
+        self.put(path, object);
+        self.found(path, name.as_str().unwrap_or_default())
+    }
+
+    fn found(&self, collection: &str, name: &str) -> Response<Answer> {
+        let all = self.all(collection);
+        let found = all.iter().find(|o| o["metadata"]["name"] == *name);
+        found.map_or_else(|| status(StatusCode::NOT_FOUND, "not found"), json_of)
     }
 
     /// Kinds of `/apis/group/version`.
@@ -309,6 +345,24 @@ impl Collection {
         let line = event(what, object);
         self.watches
             .retain(|watch| watch.send(line.clone()).is_ok());
+    }
+}
+
+/// As JSON Merge Patch says it.
+fn merge(into: &mut Value, patch: &Value) {
+    let Value::Object(patch) = patch else {
+        *into = patch.clone();
+        return;
+    };
+    if !into.is_object() {
+        *into = json!({});
+    }
+    for (field, value) in patch {
+        if value.is_null() {
+            into.as_object_mut().map(|fields| fields.remove(field));
+        } else {
+            merge(&mut into[field], value);
+        }
     }
 }
 

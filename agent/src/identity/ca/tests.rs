@@ -1,10 +1,20 @@
 use std::{os::unix::fs::PermissionsExt, sync::Barrier};
 
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
+    KeyUsagePurpose, SanType,
+};
 use tempfile::TempDir;
-use x509_parser::extensions::GeneralName;
+use x509_parser::{certificate::X509Certificate, extensions::GeneralName, prelude::FromDer};
 
 use super::*;
-use crate::identity::{clock::TestClock, peer_identity, testing::*};
+use crate::identity::{
+    authority::{CA_LIFE, at, params},
+    clock::TestClock,
+    csr::Request,
+    peer_identity,
+    testing::*,
+};
 
 #[test]
 fn agents_that_start_at_once_end_with_the_same_authority() {

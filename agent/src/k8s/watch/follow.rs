@@ -293,7 +293,7 @@ fn cause(error: &watcher::Error) -> Option<&kube::Error> {
 }
 
 /// Refused before it began: the library would ask for the same again and again.
-fn is_expired(error: &watcher::Error) -> bool {
+pub(crate) fn is_expired(error: &watcher::Error) -> bool {
     match error {
         watcher::Error::WatchStartFailed(kube::Error::Api(status)) => status.code == 410,
         watcher::Error::NoResourceVersion => true,
@@ -305,7 +305,7 @@ fn is_expired(error: &watcher::Error) -> bool {
 }
 
 /// 410 Gone, by whatever way.
-fn is_relist(error: &watcher::Error) -> bool {
+pub(crate) fn is_relist(error: &watcher::Error) -> bool {
     match error {
         watcher::Error::WatchError(status) => status.code == 410,
         watcher::Error::InitialListFailed(kube::Error::Api(status))
@@ -318,7 +318,7 @@ fn is_relist(error: &watcher::Error) -> bool {
 }
 
 /// With its sources: the outermost error says only that watching failed.
-fn sentence(error: &watcher::Error) -> String {
+pub(crate) fn sentence(error: &watcher::Error) -> String {
     let mut text = error.to_string();
     let mut source = std::error::Error::source(error);
     while let Some(error) = source {
