@@ -416,7 +416,13 @@ async fn serve_stream(
 ) {
     let tunnel = Rc::clone(&count.0);
     let mut report = Report::new(Direction::Inbound, tunnel.remote, tunnel.local);
-    match Box::pin(establish(&thread, &tunnel, &request, &mut report)).await {
+    let established = tokio::select! {
+        biased;
+        established = Box::pin(establish(&thread, &tunnel, &request, &mut report)) => established,
+        // Whoever has hung up is waited for no longer, nor keeps a place among those who wait.
+        _reset = poll_fn(|cx| respond.poll_reset(cx)) => Err(Reason::ClientReset.into()),
+    };
+    match established {
         Err(refusal) => {
             refuse(&mut respond, refusal.reason);
             report.refused(&refusal, &thread);
