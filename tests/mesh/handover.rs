@@ -2,6 +2,7 @@
 
 mod changes;
 mod failures;
+mod older;
 mod snapshot;
 mod strangers;
 
@@ -50,6 +51,11 @@ pub(crate) const TESTS: &[Test] = &[
         name: "handover::of_two_successors_at_once_one_is_sent_away",
         needs: &[Need::Mesh],
         run: failures::of_two_successors_at_once_one_is_sent_away,
+    },
+    Test {
+        name: "handover::one_that_knows_nothing_of_the_bpf_directorys_lock_may_come_between",
+        needs: &[Need::Mesh],
+        run: older::one_that_knows_nothing_of_the_bpf_directorys_lock_may_come_between,
     },
     Test {
         name: "handover::strangers_at_the_socket_get_nothing_and_keep_nobody_out",

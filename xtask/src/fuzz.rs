@@ -184,8 +184,9 @@ fn target_dir() -> PathBuf {
 }
 
 /// The targets are built with the workspace's versions of everything. Their own lock is a copy
-/// that cargo has added libFuzzer to, made anew when the workspace's changes.
-fn copy_lock() -> Result<()> {
+/// that cargo has added libFuzzer to, made anew when the workspace's changes. To be called before
+/// cargo is shown their manifest.
+pub(crate) fn copy_lock() -> Result<()> {
     let ours = fs::read(shell::root().join("Cargo.lock")).context("read Cargo.lock")?;
     let copy = shell::root().join(CRATE).join("Cargo.lock");
     let copied = target_dir().join("Cargo.lock");

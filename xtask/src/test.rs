@@ -151,7 +151,9 @@ fn run_tier(tier: Tier, filter: Option<&str>, full: bool) -> Count {
         Tier::Fuzz => return fuzz::count(),
         Tier::Soak => return soak::count(SOAK_MINUTES),
         Tier::Image => return image::count(),
-        Tier::Lint => needs::ensure(&[Purpose::Build, Purpose::Deny]),
+        Tier::Lint => {
+            needs::ensure(&[Purpose::Build, Purpose::Deny]).and_then(|()| fuzz::copy_lock())
+        }
         // As root they use namespaces, too.
         Tier::Unit if geteuid().is_root() => needs::ensure(&[Purpose::Build, Purpose::World]),
         Tier::Unit => needs::ensure(&[Purpose::Build]),
@@ -278,6 +280,20 @@ fn commands(tier: Tier, filter: Option<&str>, full: bool) -> Vec<(&'static str, 
                     ]),
                 ),
                 ("definitions of kinds", cargo(&["xtask", "crds", "--check"])),
+                // Without libFuzzer itself there is no C++ to compile, and what the targets stand
+                // on was compiled for the step before.
+                (
+                    "clippy of the fuzz targets",
+                    cargo(&[
+                        "clippy",
+                        "--manifest-path",
+                        "tests/fuzz/Cargo.toml",
+                        "--no-default-features",
+                        "--",
+                        "-D",
+                        "warnings",
+                    ]),
+                ),
                 ("deny", deny),
             ]
         }
@@ -361,4 +377,47 @@ fn list(tier: Tier, full: bool) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeSet, fs, path::Path};
+
+    use super::*;
+
+    /// All directories of the checkout that hold a package.
+    fn packages(dir: &Path, found: &mut BTreeSet<String>) {
+        for entry in fs::read_dir(dir).unwrap().flatten() {
+            let (path, name) = (entry.path(), entry.file_name());
+            if path.is_dir() && name != "target" && !name.as_encoded_bytes().starts_with(b".") {
+                let manifest = fs::read_to_string(path.join("Cargo.toml")).unwrap_or_default();
+                if manifest.contains("[package]") {
+                    let inside = path.strip_prefix(shell::root()).unwrap();
+                    found.insert(inside.to_str().unwrap().to_owned());
+                }
+                packages(&path, found);
+            }
+        }
+    }
+
+    #[test]
+    fn lint_compiles_every_package_of_the_checkout() {
+        let mut left = BTreeSet::new();
+        packages(shell::root(), &mut left);
+        assert!(left.contains("tests/fuzz"), "{left:?}");
+        let workspace = fs::read_to_string(shell::root().join("Cargo.toml")).unwrap();
+        let members = workspace.lines().find(|line| line.starts_with("members"));
+        for (_name, command) in commands(Tier::Lint, None, false) {
+            let args: Vec<_> = command.get_args().filter_map(|arg| arg.to_str()).collect();
+            if args[0] != "clippy" {
+                continue;
+            }
+            left.retain(|package| {
+                let member = members.unwrap().contains(&format!("\"{package}\""));
+                let named = format!("{package}/Cargo.toml");
+                !(member && args.contains(&"--workspace") || args.contains(&named.as_str()))
+            });
+        }
+        assert!(left.is_empty(), "never compiled: {left:?}");
+    }
 }

@@ -13,6 +13,7 @@ use std::{
 use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
 use tokio::task::AbortHandle;
+use tracing::warn;
 
 use super::{Dirs, sockets::SocketNames};
 use crate::{
@@ -73,6 +74,11 @@ impl predecessor::Estate for Estate {
 
     fn resume(&self) -> BoxFuture<'_, ()> {
         Box::pin(async {
+            // The successor had put its name there.
+            let signed = self.dirs.lock().as_ref().map(|dirs| dirs.run.sign());
+            if let Some(Err(error)) = signed {
+                warn!(%error, "--run-dir: its lock does not name this process");
+            }
             self.sockets.put_back();
             let paused = self.paused.lock().take();
             if let Some(paused) = paused {

@@ -1,14 +1,16 @@
 //! What TCP sockets stand in a pod, asked of the kernel by sock_diag.
 //!
-//! Three questions: which connections does the application have (at enrolment they count as
-//! standing), which are ours (an un-enrolment waits for them), is anybody listening at a port.
-//! And one deed: closing what is left when a deadline is over. All run on a thread inside the
-//! pod's namespace, or on a socket that was opened there. Knows neither programs nor devices.
+//! Four questions: which connections does the application have (at enrolment they count as
+//! standing), which are ours (an un-enrolment waits for them), which of the application's had we
+//! taken (none of them may become plain), is anybody listening at a port. And one deed: closing what
+//! is left when a deadline is over. All run on a thread inside the pod's namespace, or on a socket
+//! that was opened there. Knows neither programs nor devices.
 
 use std::{
     collections::HashSet,
     io,
     net::{IpAddr, Ipv6Addr, SocketAddr},
+    os::fd::{AsRawFd, BorrowedFd},
 };
 
 use nix::libc;
@@ -62,6 +64,46 @@ pub fn connections(our_mark: u32) -> io::Result<Connections> {
     Ok(sort(sockets, our_mark))
 }
 
+/// The connections of the calling thread's namespace whose socket has `owner` in its storage in the
+/// map `storages`: the kernel half wrote it there, and it stays as long as the socket, whoever else
+/// is gone. (local, remote)
+pub fn of_owner(
+    storages: BorrowedFd<'_>,
+    owner: u32,
+) -> io::Result<HashSet<(SocketAddr, SocketAddr)>> {
+    let mut diag = Netlink::open(netlink::SOCK_DIAG)?;
+    let map = storages.as_raw_fd().cast_unsigned();
+    let mut found = HashSet::new();
+    // Twice, as above.
+    for _ in 0..2 {
+        for family in FAMILIES {
+            let message =
+                Message::new(SOCK_DIAG_BY_FAMILY, 0, &request(family, CONNECTED, None, 0)).nest(
+                    INET_DIAG_REQ_SK_BPF_STORAGES,
+                    &[],
+                    |inner| inner.attr_u32(SK_DIAG_BPF_STORAGE_REQ_MAP_FD, map),
+                );
+            dump(&mut diag, family, message, |body| {
+                if found.len() < MAX_SOCKETS
+                    && stored(body) == Some(owner)
+                    && let Some(socket) = parse(body)
+                {
+                    found.insert((socket.local, socket.remote));
+                }
+            })?;
+        }
+    }
+    Ok(found)
+}
+
+/// What one answer says of the socket's storage in the one map that was asked for.
+fn stored(body: &[u8]) -> Option<u32> {
+    let all = attribute(body.get(DIAG_MSG..)?, INET_DIAG_SK_BPF_STORAGES)?;
+    let one = attribute(all, SK_DIAG_BPF_STORAGE)?;
+    let value = attribute(one, SK_DIAG_BPF_STORAGE_MAP_VALUE)?;
+    Some(u32_at(value, 0))
+}
+
 /// Is a socket of the application listening at `ip:port`? For a [`Netlink`] opened in its pod.
 pub(super) fn listens(
     diag: &mut Netlink,
@@ -111,6 +153,11 @@ pub fn destroy<'a>(
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const SOCK_DESTROY: u16 = 21;
 const INET_DIAG_MARK: u16 = 15;
+const INET_DIAG_SK_BPF_STORAGES: u16 = 20;
+const INET_DIAG_REQ_SK_BPF_STORAGES: u16 = 2;
+const SK_DIAG_BPF_STORAGE_REQ_MAP_FD: u16 = 1;
+const SK_DIAG_BPF_STORAGE: u16 = 1;
+const SK_DIAG_BPF_STORAGE_MAP_VALUE: u16 = 3;
 const TCP_TIME_WAIT: u32 = 6;
 const TCP_CLOSE: u32 = 7;
 const TCP_LISTEN: u32 = 10;
@@ -128,16 +175,25 @@ fn list(
     mut each: impl FnMut(TcpSocket),
 ) -> io::Result<()> {
     let request = request(family, states, None, port);
-    let result = diag.dump(
-        Message::new(SOCK_DIAG_BY_FAMILY, 0, &request),
-        |kind, body| {
-            if kind == SOCK_DIAG_BY_FAMILY
-                && let Some(socket) = parse(body)
-            {
-                each(socket);
-            }
-        },
-    );
+    let message = Message::new(SOCK_DIAG_BY_FAMILY, 0, &request);
+    dump(diag, family, message, |body| {
+        if let Some(socket) = parse(body) {
+            each(socket);
+        }
+    })
+}
+
+fn dump(
+    diag: &mut Netlink,
+    family: u8,
+    message: Message,
+    mut each: impl FnMut(&[u8]),
+) -> io::Result<()> {
+    let result = diag.dump(message, |kind, body| {
+        if kind == SOCK_DIAG_BY_FAMILY {
+            each(body);
+        }
+    });
     match result {
         // No IPv6, no IPv6 sockets.
         Err(error)

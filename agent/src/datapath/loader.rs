@@ -278,6 +278,11 @@ impl Loader {
         self.maps.storage(socket)
     }
 
+    /// The map of all sockets' storages, for [`super::diag::of_owner`].
+    pub(super) fn storages(&self) -> BorrowedFd<'_> {
+        self.maps.storages()
+    }
+
     /// From now on `socket` (a listening TCP socket of the pod's netns) gets what is captured in
     /// this direction and family; the socket before it keeps what it accepted. One member of a
     /// reuseport group stands for the group.

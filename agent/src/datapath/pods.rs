@@ -121,9 +121,11 @@ impl Datapath {
     /// whatever it is. Ends, leaving everything pinned, when the sender of `desired` is dropped.
     pub async fn start(
         settings: DatapathSettings,
-        desired: watch::Receiver<Desired>,
+        mut desired: watch::Receiver<Desired>,
         events: mpsc::Sender<PodEvent>,
     ) -> anyhow::Result<Arc<Self>> {
+        // Now: taken by the loop when it first runs, the next value would pass for the first.
+        let first = Arc::clone(&desired.borrow_and_update());
         let home = Home::of_this_thread().context("the agent's network namespace")?;
         let (looks, to_look_at) = mpsc::channel(LOOKS);
         let (core, adopted, failed) = spawn_blocking(move || open(settings, home, events, looks))
@@ -158,7 +160,7 @@ impl Datapath {
             kick: Arc::clone(&datapath.kick),
             turns: Arc::clone(&datapath.turns),
         };
-        tokio::spawn(reconciler.run(desired, announced, to_look_at));
+        tokio::spawn(reconciler.run((first, desired), announced, to_look_at));
         Ok(datapath)
     }
 

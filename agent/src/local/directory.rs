@@ -4,6 +4,9 @@
 //! they had when the whole file could be; other files are not affected. Between files every object
 //! must be unique: of two, the one in the first file by name counts, and the error names both.
 //!
+//! A text counts when it has come to rest: nobody is known to write the file, and it is as old as
+//! [`GATHER`] or was the same when it was looked at before. Until then the file keeps what it had.
+//!
 //! The good text of each file is kept beside its objects ([`Texts`]), so that the next agent can
 //! begin with what was good here, also for files that are broken or gone by then.
 
@@ -15,6 +18,7 @@ use std::{
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     sync::Arc,
+    time::{Duration, Instant, SystemTime},
 };
 
 use nix::fcntl::OFlag;
@@ -28,13 +32,16 @@ use crate::{
 };
 
 use super::{
-    LoadError, LocalError, Netns,
+    GATHER, LoadError, LocalError, Netns,
     document::{self, Document, Loaded},
+    writers::Writers,
 };
 
 /// No manifest of a small cluster comes near.
 const MAX_FILE_BYTES: u64 = 4 * 1024 * 1024;
 const MAX_FILES: usize = 4096;
+/// A file that does not come to rest for so long is left out of the first reading.
+const AWAITED: Duration = Duration::from_secs(15);
 
 pub(super) struct Directory {
     dir: PathBuf,
@@ -42,6 +49,11 @@ pub(super) struct Directory {
     files: BTreeMap<PathBuf, File>,
     /// Nothing was read yet.
     fresh: bool,
+    /// When the first reading began.
+    begun: Option<Instant>,
+    writers: Writers,
+    /// Texts that had not come to rest at the last look, by their fingerprints.
+    unsettled: HashMap<PathBuf, u64>,
     too_many: bool,
 }
 
@@ -75,8 +87,17 @@ impl Directory {
             converter,
             files: BTreeMap::new(),
             fresh: true,
+            begun: None,
+            writers: Writers::default(),
+            unsettled: HashMap::new(),
             too_many: false,
         }
+    }
+
+    /// Files that somebody is writing are not read.
+    pub(super) fn with_writers(mut self, writers: Writers) -> Self {
+        self.writers = writers;
+        self
     }
 
     /// As it was for another agent. What does not read any more is passed over; the files
@@ -126,6 +147,21 @@ impl Directory {
         self.files.len() != count || !paths.iter().take(count).all(known)
     }
 
+    /// Is a text to be looked at again soon?
+    pub(super) fn is_unsettled(&self) -> bool {
+        !self.unsettled.is_empty()
+    }
+
+    /// The first reading waits for such a text: an incomplete mesh would let go what the rest holds.
+    pub(super) fn awaits_all(&self) -> bool {
+        self.fresh && self.is_unsettled()
+    }
+
+    fn is_settled(&self, path: &Path, fingerprint: u64) -> bool {
+        let same = self.unsettled.get(path) == Some(&fingerprint);
+        !self.writers.has(path) && (same || age(path).is_some_and(|age| age >= GATHER))
+    }
+
     fn manifests(&self) -> Result<BTreeSet<PathBuf>, LocalError> {
         let unreadable = |source| LocalError::Unreadable {
             dir: self.dir.clone(),
@@ -142,7 +178,7 @@ impl Directory {
         Ok(paths)
     }
 
-    /// `None`: nothing changed since the last time.
+    /// `None`: nothing changed since the last time, or nothing that has come to rest.
     pub(super) fn read(&mut self) -> Result<Option<Snapshot>, LocalError> {
         let paths = self.manifests()?;
         let too_many = paths.len() > MAX_FILES;
@@ -150,6 +186,7 @@ impl Directory {
         let before = self.files.len();
         self.files.retain(|path, _| paths.contains(path));
         let mut changed = self.fresh || self.files.len() != before || self.too_many != too_many;
+        let mut unsettled = HashMap::new();
         for path in paths.into_iter().take(MAX_FILES) {
             let text = read_bounded(&path);
             let fingerprint = fingerprint(&text);
@@ -157,10 +194,19 @@ impl Directory {
             if known.is_some_and(|known| known.fingerprint == fingerprint) {
                 continue;
             }
+            if !self.is_settled(&path, fingerprint) {
+                unsettled.insert(path, fingerprint);
+                continue;
+            }
             changed = true;
             let file = self.files.entry(path.clone()).or_default();
             file.fingerprint = fingerprint;
             file.load(&path, text, &self.converter);
+        }
+        self.unsettled = unsettled;
+        let begun = *self.begun.get_or_insert_with(Instant::now);
+        if self.awaits_all() && begun.elapsed() < AWAITED {
+            return Ok(None);
         }
         self.fresh = false;
         self.too_many = too_many;
@@ -296,6 +342,12 @@ fn fingerprint(text: &Result<String, String>) -> u64 {
     let mut hasher = DefaultHasher::new();
     text.hash(&mut hasher);
     hasher.finish()
+}
+
+/// Since when it holds what it holds; `None` without a clock or a file that could tell.
+fn age(path: &Path) -> Option<Duration> {
+    let written = fs::metadata(path).and_then(|file| file.modified());
+    SystemTime::now().duration_since(written.ok()?).ok()
 }
 
 fn is_manifest(path: &Path) -> bool {

@@ -18,6 +18,7 @@
 mod directory;
 mod document;
 mod locate;
+mod writers;
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -30,7 +31,6 @@ use std::{
     time::Duration,
 };
 
-use notify::Watcher;
 use tokio::{sync::watch, time};
 use tracing::{debug, info, warn};
 
@@ -43,11 +43,13 @@ use crate::{
 };
 
 use directory::{Directory, Snapshot};
+use writers::Writers;
 
 pub use directory::Texts;
 
 /// After the first change we wait this long for its companions: editors and `kubectl`-like tools
-/// write several files, or one file in several steps.
+/// write several files, or one file in several steps. A text that has not been at rest for as long
+/// is not taken up.
 const GATHER: Duration = Duration::from_millis(50);
 /// The directory is read anew this often without being told, for file systems that do not tell.
 const POLL: Duration = Duration::from_secs(5);
@@ -109,8 +111,9 @@ pub async fn run(
 ) -> Result<(), LocalError> {
     let (changed, mut changes) = watch::channel(());
     // Before the first reading, so that no change falls between the two.
-    let watcher = watch_directory(&dir, changed);
-    let mut directory = Directory::new(dir, Converter::new(&settings));
+    let writers = Writers::default();
+    let watcher = writers::watch(&dir, changed, writers.clone());
+    let mut directory = Directory::new(dir, Converter::new(&settings)).with_writers(writers);
     let has_before = before.is_some();
     if let Some(texts) = before {
         directory = directory.with_texts(texts);
@@ -122,17 +125,27 @@ pub async fn run(
         outputs,
         named: BTreeSet::new(),
     };
-    match writer.load().await {
-        Ok(()) => {}
-        Err(error) if has_before => {
-            warn!(%error, "the manifests of the agent before are in force until these can be read");
-            writer.publish_before();
+    let mut stop = pin!(stop);
+    loop {
+        match writer.load().await {
+            Ok(()) => {}
+            Err(error) if has_before => {
+                warn!(%error, "the manifests of the agent before are in force until these can be read");
+                writer.publish_before();
+                break;
+            }
+            Err(error) => return Err(error),
         }
-        Err(error) => return Err(error),
+        if !writer.awaits_all() {
+            break;
+        }
+        tokio::select! {
+            () = &mut stop => return Ok(()),
+            () = time::sleep(GATHER) => {}
+        }
     }
     loaded();
 
-    let mut stop = pin!(stop);
     loop {
         tokio::select! {
             () = &mut stop => return Ok(()),
@@ -141,11 +154,12 @@ pub async fn run(
                 time::sleep(GATHER).await;
                 changes.borrow_and_update();
             }
+            () = time::sleep(GATHER), if writer.is_unsettled() => {}
             () = time::sleep(POLL) => {
                 if !writer.has_news().await {
                     continue;
                 }
-                // A file that is being written is not read half, nor empty.
+                // A file that is being replaced is not gone.
                 time::sleep(GATHER).await;
             }
         }
@@ -154,26 +168,6 @@ pub async fn run(
             warn!(%error, "the manifests are gone; the last ones stay in force");
         }
     }
-}
-
-/// `None`, with a warning, where the system has no more watches to give: the poll finds changes.
-fn watch_directory(dir: &Path, changed: watch::Sender<()>) -> Option<notify::RecommendedWatcher> {
-    let told = move |event: notify::Result<notify::Event>| {
-        // Our own reading is an event too.
-        if !event.is_ok_and(|event| event.kind.is_access()) {
-            changed.send_replace(());
-        }
-    };
-    notify::recommended_watcher(told)
-        .and_then(|mut watcher| {
-            watcher.watch(dir, notify::RecursiveMode::NonRecursive)?;
-            Ok(watcher)
-        })
-        .inspect_err(|error| {
-            let seconds = POLL.as_secs();
-            warn!(%error, "cannot watch the manifests, so they are read every {seconds} s");
-        })
-        .ok()
 }
 
 /// All objects of a text with one or more documents; kinds that are not read are left out.
@@ -213,6 +207,16 @@ impl Writer {
         };
         self.directory = Some(directory);
         news
+    }
+
+    /// Somebody was writing a file when it was last looked at.
+    fn is_unsettled(&self) -> bool {
+        self.directory.as_ref().is_some_and(Directory::is_unsettled)
+    }
+
+    /// Nothing was published yet, for that reason.
+    fn awaits_all(&self) -> bool {
+        self.directory.as_ref().is_some_and(Directory::awaits_all)
     }
 
     /// Reads what changed; publishes if anything did.

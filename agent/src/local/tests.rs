@@ -33,8 +33,13 @@ impl World {
         Self { dir, directory }
     }
 
+    /// Long ago.
     fn write(&self, name: &str, text: &str) {
-        std::fs::write(self.dir.path().join(name), text).unwrap();
+        let path = self.dir.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        let file = std::fs::File::options().append(true).open(path).unwrap();
+        let before = std::time::SystemTime::now() - Duration::from_secs(60);
+        file.set_modified(before).unwrap();
     }
 
     fn remove(&self, name: &str) {
@@ -532,6 +537,7 @@ fn what_is_no_text_of_bounded_size_is_an_error() {
     file.set_len(4 * 1024 * 1024 + 1).unwrap();
     std::fs::write(path("latin1.yaml"), b"name: \xe9").unwrap();
     nix::unistd::mkfifo(&path("pipe.yaml"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    assert!(world.directory.read().unwrap().is_none(), "none is at rest");
     let snapshot = world.read();
     assert_eq!(
         world.errors(&snapshot),
@@ -543,7 +549,7 @@ fn what_is_no_text_of_bounded_size_is_an_error() {
     );
     let mut fits = b"#".to_vec();
     fits.resize(4 * 1024 * 1024, b' ');
-    std::fs::write(world.dir.path().join("big.yaml"), fits).unwrap();
+    world.write("big.yaml", std::str::from_utf8(&fits).unwrap());
     assert_eq!(world.read().errors.len(), 2);
 }
 
@@ -617,6 +623,68 @@ async fn an_edit_is_published_without_restart_and_the_loop_ends_when_asked() {
         "the last good state stays"
     );
 
+    drop(running.stop);
+    running.task.await.unwrap().unwrap();
+}
+
+#[test]
+fn a_text_counts_when_it_has_come_to_rest() {
+    let mut world = World::new();
+    world.write("a.yaml", SERVER);
+    world.read();
+    let file = world.dir.path().join("a.yaml");
+    let mut read = |text: &str| {
+        std::fs::write(&file, text).unwrap();
+        let read = world.directory.read().unwrap();
+        (read.is_some(), world.directory.is_unsettled())
+    };
+    let other = SERVER.replace("8080", "8081");
+    assert_eq!(read(""), (false, true), "it may be half");
+    assert_eq!(read(&other), (false, true), "it goes on");
+    assert_eq!(read(&other), (true, false), "the same for two looks");
+    assert_eq!(read(""), (false, true));
+    assert_eq!(read(&other), (false, false), "as it was");
+    let last = SERVER.replace("8080", "8082");
+    assert_eq!(read(&last), (false, true), "looks before that do not count");
+    // Put in its place, and old: at once.
+    world.write("b.new", &pod("shop/b", "n1", &["10.1.0.2"], ""));
+    std::fs::rename(
+        world.dir.path().join("b.new"),
+        file.with_file_name("b.yaml"),
+    )
+    .unwrap();
+    assert_eq!(names(&world.read().objects), ["shop/b"]);
+}
+
+/// `kubectl get … > mesh.yaml` empties the file at once and writes it when it has the text.
+#[tokio::test]
+async fn a_file_that_is_written_slowly_is_read_when_it_is_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("mesh.yaml");
+    let base = node("n1", &["192.168.0.1"]) + &meshed_namespace("shop", "");
+    let all = base.clone() + &pod("shop/a", "n1", &["10.1.0.1"], "");
+    std::fs::write(&path, &all).unwrap();
+    let running = start(dir.path().to_owned());
+    running.loaded.await.unwrap_err();
+    let good = running.store.load().version;
+    let mut versions = running.store.subscribe();
+
+    let mut file = std::fs::File::create(&path).unwrap();
+    for piece in [&*base, "---\n", &pod("shop/a", "n1", &["10.1.0.1"], "")] {
+        time::sleep(4 * GATHER).await;
+        std::io::Write::write_all(&mut file, piece.as_bytes()).unwrap();
+    }
+    time::sleep(4 * GATHER).await;
+    assert_eq!(running.store.load().version, good, "half a file was taken");
+    std::io::Write::write_all(&mut file, pod("shop/b", "n1", &["10.1.0.2"], "").as_bytes())
+        .unwrap();
+    drop(file);
+    let published = versions.wait_for(|_| running.store.load().workloads.len() == 2);
+    time::timeout(Duration::from_secs(2), published)
+        .await
+        .expect("not told that it is whole")
+        .unwrap();
+    assert_eq!(running.store.load().version, good + 1);
     drop(running.stop);
     running.task.await.unwrap().unwrap();
 }

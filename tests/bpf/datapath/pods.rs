@@ -17,12 +17,16 @@ use super::{
     world::{Netns, ensure_same},
 };
 
-pub(super) const TESTS: [Test; 9] = [
+pub(super) const TESTS: [Test; 10] = [
     ("a_captured_pod_speaks_through_its_listeners", captured),
     ("what_stood_before_enrolment_goes_on", standing),
     (
         "leaving_lets_our_connections_finish_and_removes_every_trace",
         leaving,
+    ),
+    (
+        "what_was_taken_from_a_pod_that_leaves_ends_with_it_also_after_a_restart",
+        left_behind,
     ),
     (
         "a_dead_agents_pods_are_silent_until_the_next_adopts_them",
@@ -279,6 +283,50 @@ fn leaving() -> Result<()> {
     ensure_same(&before, &after)?;
     let pins = world.dirs.settings().bpf_dir.join("v1/pods");
     ensure!(std::fs::read_dir(&pins)?.count() == 0, "pins are left");
+    Ok(())
+}
+
+/// The agent ends while a pod is leaving, and an application keeps its half of a connection that was
+/// taken. It must not live to be plain; one that was plain from its first packet goes on.
+fn left_behind() -> Result<()> {
+    let world = World::new("left-behind")?;
+    world
+        .client
+        .run(|| std::fs::write("/proc/sys/net/ipv4/tcp_fin_timeout", "1"))??;
+    let server = world.serve("10.97.0.3:8080")?;
+    let agent = world.agent()?;
+    let mut taken = world.dial(server.at)?;
+    ping(&mut taken)?;
+    agent.want(Vec::new());
+    for pod in ["client", "server"] {
+        agent.wait_for(pod, "leaving")?;
+    }
+    let (mut plain, seen) = until(Duration::from_secs(5), || {
+        let mut plain = world.dial(server.at)?;
+        let seen = ping(&mut plain)?;
+        ensure!(seen.port() == plain.local_addr()?.port(), "control: {seen}");
+        Ok((plain, seen))
+    })?;
+
+    drop(agent);
+    let end = taken.read(&mut [0]).context("the other half ends")?;
+    ensure!(end == 0, "control: {end} bytes");
+    // The kernel forgets our end.
+    thread::sleep(Duration::from_secs(3));
+    let next = Agent::start(&world.node, world.dirs.settings(), Vec::new())?;
+    ensure!(
+        taken.take_error()?.is_none(),
+        "control: it is closed already"
+    );
+    next.want(Vec::new());
+    for pod in ["client", "server"] {
+        next.wait_gone(pod)?;
+    }
+    ensure!(
+        taken.take_error()?.is_some(),
+        "it stands, and nothing keeps it from being plain"
+    );
+    ensure!(ping(&mut plain)? == seen, "plain by right");
     Ok(())
 }
 

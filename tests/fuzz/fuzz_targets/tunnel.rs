@@ -1,7 +1,8 @@
-//! A tunnel from a peer with a certificate and bad manners: bytes of HTTP/2 against our settings.
+//! A tunnel from a peer with a certificate and bad manners: bytes of HTTP/2, behind the agent's own
+//! guard and against its settings.
 //!
-//! Whatever comes, the connection ends when its bytes do, and every request on it is either
-//! refused or names an address and a port.
+//! Whatever comes, the connection ends when its bytes do, every request on it is either refused or
+//! names an address and a port, and no more is answered than the guard lets pass.
 #![no_main]
 
 use std::{sync::LazyLock, time::Duration};
@@ -9,11 +10,19 @@ use std::{sync::LazyLock, time::Duration};
 use libfuzzer_sys::fuzz_target;
 use picomesh::proxy::hbone;
 use tokio::{
-    io::AsyncWriteExt,
+    io::{AsyncReadExt, AsyncWriteExt},
     runtime::{Builder, Runtime},
 };
 
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// Of a handshake, as the agent has it.
+const PATIENCE: Duration = Duration::from_secs(5);
+const SETTINGS: u8 = 4;
+const PING: u8 = 6;
+const ACK: u8 = 1;
+/// What the guard lets pass at once, and in a second after that for as long as an input may take.
+const MOST_SETTINGS: usize = 50 + 10 * 10;
+const MOST_PINGS: usize = 100 + 10 * 20;
 
 static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| {
     let runtime = Builder::new_current_thread().enable_time().build();
@@ -35,11 +44,15 @@ fuzz_target!(|data: &[u8]| {
             served.is_ok(),
             "the bytes have ended, the connection has not"
         );
+        let mut said = Vec::new();
+        peer.read_to_end(&mut said).await.expect("it is closed");
+        assert!(acknowledged(&said, SETTINGS) <= MOST_SETTINGS);
+        assert!(acknowledged(&said, PING) <= MOST_PINGS);
     });
 });
 
 async fn serve(ours: tokio::io::DuplexStream) {
-    let Ok(mut connection) = hbone::server().handshake::<_, bytes::Bytes>(ours).await else {
+    let Ok((mut connection, _cut)) = hbone::accept(ours, PATIENCE).await else {
         return;
     };
     while let Some(Ok((request, mut respond))) = connection.accept().await {
@@ -57,4 +70,15 @@ async fn serve(ours: tokio::io::DuplexStream) {
         // The stream may be reset already.
         let _ = respond.send_response(response, true);
     }
+}
+
+/// How many frames of this kind were answered.
+fn acknowledged(said: &[u8], kind: u8) -> usize {
+    let (mut rest, mut count) = (said, 0);
+    while let [a, b, c, this, flags, ..] = *rest {
+        count += usize::from(this == kind && flags & ACK != 0);
+        let length = usize::from(a) << 16 | usize::from(b) << 8 | usize::from(c);
+        rest = rest.get(9 + length..).unwrap_or_default();
+    }
+    count
 }

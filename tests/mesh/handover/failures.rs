@@ -1,6 +1,9 @@
 //! Hand-overs in which one side dies, hangs, or comes second.
 
-use std::time::{Duration, Instant};
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
@@ -45,6 +48,11 @@ pub(super) fn a_successor_killed_after_each_message_costs_nothing() -> Result<()
         for pod in [&ground.near, &ground.beside] {
             before.wait_captured(pod, SOON)?;
         }
+        let named = fs::read_to_string(before.run_dir().join("agent.lock"))?;
+        ensure!(
+            named.trim() == before.process().pid().to_string(),
+            "after {message}: the lock names process {named}"
+        );
         Ok(())
     };
     // Of the successor's way these are all the messages before it has taken over, from either side.

@@ -26,7 +26,8 @@ const CROWDED: u16 = 8081;
 const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: crowd\r\n\r\n";
 /// Clocks of a busy machine are not finer than this.
 const NOISE: Duration = Duration::from_micros(300);
-/// Whoever else uses the machine may spoil a round, not all of them.
+/// Both sides are measured in turn, so that whoever else uses the machine meets both, and the middle
+/// one of each counts: neither a round that was spoilt nor one that was lucky decides.
 const ROUNDS: usize = 3;
 
 pub(super) fn a_small_crowd_does_not_slow_another_pod_down() -> Result<()> {
@@ -53,27 +54,30 @@ fn crowd_beside_another(connections: usize, window: Duration) -> Result<()> {
     let to = ground.far.at(PORT);
     let crowded = ground.far.at(CROWDED);
 
-    let mut seen = Vec::new();
+    let (mut alone, mut beside) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
-        let alone = p99(&ground.beside, to, window)?;
+        alone.push(p99(&ground.beside, to, window)?);
         let crowd = Crowd::start(&ground.near, crowded, connections)?;
         crowd.wait_answers(connections as u64)?;
-        let beside = p99(&ground.beside, to, window)?;
+        beside.push(p99(&ground.beside, to, window)?);
         let answers = crowd.stop()?;
-        let again = p99(&ground.beside, to, window)?;
-        let own = alone.max(again).max(NOISE);
         eprintln!(
-            "{connections} connections, {answers} answers: p99 {beside:?}, alone {alone:?} and \
-             {again:?}"
+            "{connections} connections, {answers} answers: alone {alone:?}, beside {beside:?}"
         );
-        if beside <= 3 * own {
-            return Ok(());
-        }
-        seen.push((own, beside));
     }
-    Err(anyhow!(
-        "another pod's p99 more than tripled in every round (own, beside the crowd): {seen:?}"
-    ))
+    let own = middle(&mut alone).max(NOISE);
+    let theirs = middle(&mut beside);
+    ensure!(
+        theirs <= 3 * own,
+        "another pod's p99 is {theirs:?} beside the crowd and {own:?} without it; by rounds: \
+         {beside:?} and {alone:?}"
+    );
+    Ok(())
+}
+
+fn middle(rounds: &mut [Duration]) -> Duration {
+    rounds.sort_unstable();
+    rounds[rounds.len() / 2]
 }
 
 pub(super) fn what_is_over_the_default_cap_is_refused_and_counted() -> Result<()> {

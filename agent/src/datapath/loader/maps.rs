@@ -276,6 +276,10 @@ impl SharedMaps {
         sys::lookup(self.sockets.as_fd(), socket.as_raw_fd())
     }
 
+    pub(super) fn storages(&self) -> BorrowedFd<'_> {
+        self.sockets.as_fd()
+    }
+
     pub(super) fn marker(&self) -> io::Result<SocketMarker> {
         Ok(SocketMarker {
             sockets: self.sockets.try_clone()?,

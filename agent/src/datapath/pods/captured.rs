@@ -1,14 +1,14 @@
 //! What every enrolment of this agent shares ([`Core`]), and one enrolled pod ([`Captured`]).
 
 use std::{
-    collections::HashMap,
-    net::TcpListener,
+    collections::{HashMap, HashSet},
+    net::{SocketAddr, TcpListener},
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use parking_lot::Mutex;
-use picomesh_common::config::{INBOUND, OUTBOUND};
+use picomesh_common::config::{INBOUND, OUTBOUND, owner};
 use tokio::sync::mpsc;
 
 use super::{
@@ -148,6 +148,15 @@ pub(super) fn alias(bpf_dir: &Path, uid: &str) -> String {
 pub(super) fn list_connections(core: &Core) -> Result<Connections, PodError> {
     diag::connections(core.marks.ours).map_err(|source| PodError::Sockets {
         doing: "listing sockets",
+        source,
+    })
+}
+
+/// Which connections of an application in the calling thread's namespace were taken: (local,
+/// remote). Their sockets know, also when our end and whoever made it is gone.
+pub(super) fn list_taken(loader: &Loader) -> Result<HashSet<(SocketAddr, SocketAddr)>, PodError> {
+    diag::of_owner(loader.storages(), owner::TAKEN).map_err(|source| PodError::Sockets {
+        doing: "asking sockets whose they are",
         source,
     })
 }

@@ -18,7 +18,7 @@ use super::{
         loader::Loader,
         netns::{Home, NetNs},
     },
-    captured::{self, Captured, Core, inside, list_connections},
+    captured::{self, Captured, Core, inside, list_connections, list_taken},
     error::PodError,
     records::{Marks, Record},
 };
@@ -47,8 +47,10 @@ impl Leave {
         let after = inside(netns, || list_connections(core))?;
 
         let mut taken: HashSet<_> = before.taken.union(&after.taken).copied().collect();
+        // Our end may be gone already where the application's is not. In a pod that was leaving
+        // when an agent before us ended, plain ones stand beside them that are so by right.
+        taken.extend(inside(netns, || list_taken(&core.loader))?);
         if was_captured {
-            // Our end may be gone already where the application's is not.
             let known = Known::read(core, slot, config)?;
             taken.extend(before.apps.iter().filter(|pair| !known.is_plain(pair)));
         }
@@ -215,6 +217,7 @@ pub(super) fn unknown(
     let mut unknown = connections.apps;
     unknown.retain(|pair| was_captured && !known.is_plain(pair));
     unknown.extend(connections.taken);
+    unknown.extend(list_taken(loader)?);
     unknown.extend(connections.ours);
     Ok(unknown)
 }

@@ -43,7 +43,7 @@ pub(super) struct Reconciler {
 impl Reconciler {
     pub(super) async fn run(
         self,
-        mut desired: watch::Receiver<Desired>,
+        (first, mut desired): (Desired, watch::Receiver<Desired>),
         announced: Vec<PodEvent>,
         mut to_look_at: mpsc::Receiver<PodUid>,
     ) {
@@ -52,7 +52,6 @@ impl Reconciler {
                 return;
             }
         }
-        let first = Arc::clone(&desired.borrow_and_update());
         {
             let mut table = self.table.lock();
             table.known = !first.is_empty() || table.pods.is_empty();

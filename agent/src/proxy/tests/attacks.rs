@@ -55,14 +55,16 @@ impl Attack<'_> {
         Some(sender)
     }
 
-    async fn ask(&self, tunnel: &mut SendRequest<Bytes>) -> (u16, String) {
+    fn request(&self) -> Request<()> {
         let mut request = Request::builder().method(Method::CONNECT).uri(self.target);
         if let Some(client) = self.client {
             request = request.header("forwarded", format!("for=\"{client}\""));
         }
-        let (response, mut send) = tunnel
-            .send_request(request.body(()).unwrap(), false)
-            .unwrap();
+        request.body(()).unwrap()
+    }
+
+    async fn ask(&self, tunnel: &mut SendRequest<Bytes>) -> (u16, String) {
+        let (response, mut send) = tunnel.send_request(self.request(), false).unwrap();
         send.send_data(Bytes::from_static(b"x"), false).unwrap();
         let Ok(response) = response.await else {
             return (0, String::new());
@@ -84,6 +86,27 @@ pub(super) const HONEST: Attack<'static> = Attack {
     target: "10.9.2.1:8080",
     client: Some("10.9.1.1:4567"),
 };
+
+/// Who waits for news of its client holds a place that others want.
+#[test]
+fn a_stream_that_is_reset_while_news_of_its_client_is_awaited_ends_at_once() {
+    let patient = |settings: &mut ProxySettings| {
+        settings.timing.unknown_source = Duration::from_secs(50);
+    };
+    world_with(patient, |world| async move {
+        world.capture_all().await;
+        let unknown = Attack {
+            client: Some("10.9.1.3:4567"),
+            ..HONEST
+        };
+        let mut tunnel = unknown.tunnel(&world).await.unwrap();
+        let (_response, mut send) = tunnel.send_request(unknown.request(), false).unwrap();
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        assert!(!world.two.log().contains("inbound"), "it is not awaited");
+        send.send_reset(h2::Reason::CANCEL);
+        world.two.logged(&["inbound", "client_reset"]).await;
+    });
+}
 
 #[test]
 fn only_honest_requests_are_served() {

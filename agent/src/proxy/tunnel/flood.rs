@@ -176,7 +176,7 @@ impl Scan {
 }
 
 /// A peer's bytes, bounded. Writing passes.
-pub(super) struct Guard<S> {
+pub struct Guard<S> {
     inner: S,
     scan: Scan,
     cut: Cut,

@@ -11,11 +11,14 @@ use std::{
     cell::{Cell, RefCell},
     net::{IpAddr, SocketAddr},
     sync::Arc,
+    time::Duration,
 };
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, Request, Uri, header};
+use tokio::io::{AsyncRead, AsyncWrite};
 
+use super::flood::{Cut, Guard};
 use crate::proxy::{limits::Share, reason::Reason};
 
 /// What a peer may send on one stream before our side has taken it.
@@ -56,8 +59,21 @@ pub(super) fn client() -> h2::client::Builder {
     builder
 }
 
-/// How we accept tunnels.
-pub fn server() -> h2::server::Builder {
+/// A tunnel that somebody opened to us.
+pub type Accepted<S> = h2::server::Connection<Guard<S>, Bytes>;
+
+/// Accepts a tunnel over `stream`, whose peer is known and not trusted. Nothing that it asks for may
+/// stay unfinished for longer than `patience`; [`Cut`] tells if it asked too much.
+pub async fn accept<S>(stream: S, patience: Duration) -> Result<(Accepted<S>, Cut), h2::Error>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let (guarded, cut) = Guard::server(stream, patience);
+    let connection = server().handshake(guarded).await?;
+    Ok((connection, cut))
+}
+
+fn server() -> h2::server::Builder {
     let mut builder = h2::server::Builder::new();
     builder
         .initial_window_size(WINDOW)

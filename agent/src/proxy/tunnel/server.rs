@@ -30,8 +30,8 @@ use tokio_rustls::{LazyConfigAcceptor, StartHandshake, server::TlsStream};
 
 use super::{
     TunnelStatus,
-    flood::{self, Cut, Guard},
-    hbone::{self, Windows},
+    flood::{self, Cut},
+    hbone::{self, Accepted, Windows},
     peers::{Peer, Seat},
     wire::{UNSENT, Wire},
 };
@@ -200,7 +200,7 @@ pub(in crate::proxy) async fn serve(
     thread.recorder.tunnels(-1);
 }
 
-type Connection = h2::server::Connection<Guard<TlsStream<Wire>>, Bytes>;
+type Connection = Accepted<TlsStream<Wire>>;
 
 /// From a stranger's first byte to a peer with a name, within bounds.
 async fn shake_hands(
@@ -230,8 +230,8 @@ async fn shake_hands(
         let client = client(&tls)?;
         let peer = Peer::of(&thread.mesh.load(), remote.ip());
         let seat = thread.shared.peers.enter(peer)?;
-        let (guarded, cut) = Guard::server(tls, thread.settings.timing.handshake);
-        let connection = Box::pin(hbone::server().handshake::<_, Bytes>(guarded))
+        let accepted = hbone::accept(tls, thread.settings.timing.handshake);
+        let (connection, cut) = Box::pin(accepted)
             .await
             .map_err(|error| Refusal::new(Reason::HandshakeFailed, error.to_string()))?;
         Ok::<_, Refusal>((connection, cut, client, server, seat))
@@ -416,7 +416,13 @@ async fn serve_stream(
 ) {
     let tunnel = Rc::clone(&count.0);
     let mut report = Report::new(Direction::Inbound, tunnel.remote, tunnel.local);
-    match Box::pin(establish(&thread, &tunnel, &request, &mut report)).await {
+    let established = tokio::select! {
+        biased;
+        established = Box::pin(establish(&thread, &tunnel, &request, &mut report)) => established,
+        // Whoever has hung up is waited for no longer, nor keeps a place among those who wait.
+        _reset = poll_fn(|cx| respond.poll_reset(cx)) => Err(Reason::ClientReset.into()),
+    };
+    match established {
         Err(refusal) => {
             refuse(&mut respond, refusal.reason);
             report.refused(&refusal, &thread);
