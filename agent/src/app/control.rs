@@ -79,7 +79,7 @@ async fn serve(config: ControlConfig) -> anyhow::Result<()> {
     }));
     let mut stop = guard.clone();
     let stop = async move { stop.begun().await };
-    let acting = match config.role {
+    let mut acting = match config.role {
         Role::Controller(settings) => {
             let known = readiness.register("requests, pods and namespaces");
             let done = move || known.done();
@@ -104,7 +104,6 @@ async fn serve(config: ControlConfig) -> anyhow::Result<()> {
             tokio::spawn(async move { signer::run(settings, around, done, stop).await })
         }
     };
-    let mut acting = acting;
     let ended: io::Result<()> = tokio::select! {
         () = signals.next() => Ok(()),
         ended = &mut acting => Err(io::Error::other(format!("the work has ended: {ended:?}"))),

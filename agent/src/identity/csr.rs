@@ -177,6 +177,7 @@ pub fn claim(der: &[u8]) -> Result<Claim, RequestError> {
             let harmless = matches!(
                 parsed,
                 ParsedExtension::BasicConstraints(_)
+                    | ParsedExtension::SubjectKeyIdentifier(_)
                     | ParsedExtension::KeyUsage(_)
                     | ParsedExtension::ExtendedKeyUsage(_)
             );
