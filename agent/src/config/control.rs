@@ -223,7 +223,11 @@ mod tests {
         match Cli::try_parse_from(arguments).unwrap().command {
             Command::Controller(args) => args.config(in_a_pod),
             Command::Signer(args) => args.config(in_a_pod),
-            Command::Run(_) | Command::Cleanup(_) | Command::Debug(_) => unreachable!(),
+            Command::Run(_)
+            | Command::Cleanup(_)
+            | Command::Debug(_)
+            | Command::Probe(_)
+            | Command::MountBpffs { .. } => unreachable!(),
         }
     }
 
