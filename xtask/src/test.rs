@@ -243,6 +243,17 @@ fn commands(tier: Tier, filter: Option<&str>, full: bool) -> Vec<(&'static str, 
             ]);
             let path = std::env::var("PATH").unwrap_or_default();
             deny.env("PATH", format!("{}:{path}", CARGO_DENY.bin_dir().display()));
+            // What the targets stand on was compiled for the steps before, and lies there.
+            let mut fuzz_targets = cargo(&[
+                "clippy",
+                "--manifest-path",
+                "tests/fuzz/Cargo.toml",
+                "--no-default-features",
+                "--",
+                "-D",
+                "warnings",
+            ]);
+            fuzz_targets.env("CARGO_TARGET_DIR", shell::target_dir());
             vec![
                 ("fmt", cargo(&["fmt", "--all", "--check"])),
                 // Not of the workspace.
@@ -280,20 +291,8 @@ fn commands(tier: Tier, filter: Option<&str>, full: bool) -> Vec<(&'static str, 
                     ]),
                 ),
                 ("definitions of kinds", cargo(&["xtask", "crds", "--check"])),
-                // Without libFuzzer itself there is no C++ to compile, and what the targets stand
-                // on was compiled for the step before.
-                (
-                    "clippy of the fuzz targets",
-                    cargo(&[
-                        "clippy",
-                        "--manifest-path",
-                        "tests/fuzz/Cargo.toml",
-                        "--no-default-features",
-                        "--",
-                        "-D",
-                        "warnings",
-                    ]),
-                ),
+                // Without libFuzzer itself there is no C++ to compile.
+                ("clippy of the fuzz targets", fuzz_targets),
                 ("deny", deny),
             ]
         }
