@@ -281,7 +281,7 @@ impl Api {
             object["metadata"]["namespace"] = json!(namespace);
         }
         if self.get(path, &name_of(&object)).is_some() {
-            return status(StatusCode::CONFLICT, "already exists");
+            return status(StatusCode::CONFLICT, EXISTS);
         }
         let name = object["metadata"]["name"].clone();
         self.put(path, object);
@@ -388,15 +388,25 @@ fn event(what: &str, object: &Value) -> String {
     format!("{{\"type\":\"{what}\",\"object\":{object}}}\n")
 }
 
+const EXISTS: &str = "already exists";
+
 fn expired() -> String {
     let status = json!({"kind": "Status", "status": "Failure", "reason": "Expired", "code": 410,
                         "message": "too old resource version"});
     event("ERROR", &status)
 }
 
-fn status(code: StatusCode, reason: &str) -> Response<Answer> {
-    let body = json!({"kind": "Status", "status": "Failure", "reason": reason,
-                      "message": reason, "code": code.as_u16()});
+/// With the words that Kubernetes has for such a code.
+fn status(code: StatusCode, message: &str) -> Response<Answer> {
+    let (status, reason) = match code {
+        StatusCode::OK => ("Success", ""),
+        StatusCode::NOT_FOUND => ("Failure", "NotFound"),
+        StatusCode::CONFLICT if message == EXISTS => ("Failure", "AlreadyExists"),
+        StatusCode::CONFLICT => ("Failure", "Conflict"),
+        _ => ("Failure", "InternalError"),
+    };
+    let body = json!({"kind": "Status", "status": status, "reason": reason,
+                      "message": message, "code": code.as_u16()});
     let mut response = json_of(&body);
     *response.status_mut() = code;
     response

@@ -204,7 +204,7 @@ const REFUSED: &[(&str, Reason, Change)] = &[
         said(r, "pod-name", json!([""]));
     }),
     ("a token of no uid", Reason::UnboundToken, |r| {
-        said(r, "pod-uid", Value::Null);
+        said(r, "pod-uid", json!([]));
     }),
     ("a token of two nodes", Reason::UnboundToken, |r| {
         said(r, "node-name", json!(["n1", "n2"]));

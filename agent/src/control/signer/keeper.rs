@@ -283,14 +283,9 @@ impl Keeper {
         let root = make_root(&self.settings.trust_domain, now).map_err(made)?;
         let domain = &self.settings.trust_domain;
         let issuer = make_issuer(&root.certificate, &root.key, domain, now).map_err(made)?;
-        let secret = Private(Secret {
-            metadata: ObjectMeta {
-                name: Some(ISSUER.to_owned()),
-                ..ObjectMeta::default()
-            },
-            type_: Some(TLS.to_owned()),
-            ..filled(&issuer, &root.certificate, &root.key)
-        });
+        let mut secret = Private(filled(&issuer, &root.certificate, &root.key));
+        secret.0.metadata.name = Some(ISSUER.to_owned());
+        secret.0.type_ = Some(TLS.to_owned());
         match self.secrets.create(&PostParams::default(), &secret.0).await {
             Ok(made) => {
                 info!("made a root and an issuer, in the Secret {ISSUER}");
