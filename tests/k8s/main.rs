@@ -11,6 +11,7 @@ mod leftovers;
 mod mesh;
 mod pods;
 mod rights;
+mod talk;
 
 use std::process::ExitCode;
 
@@ -26,11 +27,13 @@ fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
     // Two cores and one cluster.
     arguments.test_threads = Some(1);
-    let trials = [pods::TESTS, rights::TESTS, mesh::TESTS, leftovers::TESTS]
-        .concat()
-        .into_iter()
-        .map(trial)
-        .collect();
+    let tables = [
+        pods::TESTS,
+        rights::TESTS,
+        mesh::TESTS,
+        leftovers::TESTS,
+    ];
+    let trials = tables.concat().into_iter().map(trial).collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
     ground::remove();
     conclusion.exit_code()

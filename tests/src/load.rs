@@ -57,11 +57,7 @@ impl Load {
 
     /// One connection to an echo server after the other, each as long as `life`, with a word to and
     /// fro five times a second. Stopping it waits for the last one's end.
-    pub fn of_streams(
-        from: &impl AsRef<Netns>,
-        to: SocketAddr,
-        life: Duration,
-    ) -> Result<Self> {
+    pub fn of_streams(from: &impl AsRef<Netns>, to: SocketAddr, life: Duration) -> Result<Self> {
         Self::start(from, move |_| {
             let mut stream = client::connect(to, PATIENCE)?;
             let begun = Instant::now();
