@@ -11,6 +11,7 @@ mod leftovers;
 mod mesh;
 mod pods;
 mod rights;
+mod start;
 mod talk;
 
 use std::process::ExitCode;
@@ -31,6 +32,7 @@ fn main() -> ExitCode {
         pods::TESTS,
         rights::TESTS,
         mesh::TESTS,
+        start::TESTS,
         leftovers::TESTS,
     ];
     let trials = tables.concat().into_iter().map(trial).collect();
