@@ -7,6 +7,7 @@
 //! missing and says where it lies.
 mod ground;
 mod install;
+mod kinds;
 mod leftovers;
 mod mesh;
 mod pods;
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
         rights::TESTS,
         mesh::TESTS,
         start::TESTS,
+        kinds::TESTS,
         leftovers::TESTS,
     ];
     let trials = tables.concat().into_iter().map(trial).collect();
