@@ -13,6 +13,7 @@ mod mesh;
 mod pods;
 mod rights;
 mod start;
+mod strict;
 mod talk;
 
 use std::process::ExitCode;
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
         mesh::TESTS,
         start::TESTS,
         kinds::TESTS,
+        strict::TESTS,
         leftovers::TESTS,
     ];
     let trials = tables.concat().into_iter().map(trial).collect();
