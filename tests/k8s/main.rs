@@ -10,6 +10,7 @@ mod install;
 mod kinds;
 mod leftovers;
 mod mesh;
+mod netns;
 mod pods;
 mod rights;
 mod start;
@@ -37,6 +38,7 @@ fn main() -> ExitCode {
         start::TESTS,
         kinds::TESTS,
         strict::TESTS,
+        netns::TESTS,
         leftovers::TESTS,
     ];
     let trials = tables.concat().into_iter().map(trial).collect();
