@@ -9,6 +9,7 @@ mod ground;
 mod install;
 mod kinds;
 mod leftovers;
+mod lifecycle;
 mod mesh;
 mod netns;
 mod pods;
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
         kinds::TESTS,
         strict::TESTS,
         netns::TESTS,
+        lifecycle::TESTS,
         leftovers::TESTS,
     ];
     let trials = tables.concat().into_iter().map(trial).collect();
