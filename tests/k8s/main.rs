@@ -12,6 +12,7 @@ mod leftovers;
 mod lifecycle;
 mod mesh;
 mod netns;
+mod outage;
 mod pods;
 mod rights;
 mod start;
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         strict::TESTS,
         netns::TESTS,
         lifecycle::TESTS,
+        outage::TESTS,
         leftovers::TESTS,
     ];
     let trials = tables.concat().into_iter().map(trial).collect();
