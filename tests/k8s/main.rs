@@ -14,6 +14,7 @@ mod mesh;
 mod netns;
 mod outage;
 mod pods;
+mod removal;
 mod rights;
 mod start;
 mod strict;
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
         netns::TESTS,
         lifecycle::TESTS,
         outage::TESTS,
+        removal::TESTS,
         leftovers::TESTS,
     ];
     let trials = tables.concat().into_iter().map(trial).collect();
