@@ -2,6 +2,7 @@
 
 use std::{
     env,
+    net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     thread,
@@ -10,6 +11,7 @@ use std::{
 
 use anyhow::{Context, Result, anyhow};
 use picomesh_tests::{
+    FULL, Netns,
     cluster::{self, Cluster, Kubectl},
     requirements, wait,
 };
@@ -117,6 +119,11 @@ impl Ground {
     }
 }
 
+/// Whether the long versions are played.
+pub(crate) fn full() -> bool {
+    env::var_os(FULL).is_some()
+}
+
 /// How long anything of the cluster's may take.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(90);
 
@@ -208,6 +215,18 @@ impl Namespace {
         self.wait_pod(pod, "jsonpath={.status.phase}=Succeeded")
     }
 
+    /// Waits for this of all pods that a selector finds.
+    pub(crate) fn wait_all(&self, selector: &str, condition: &str) -> Result<()> {
+        let condition = format!("--for={condition}");
+        let timeout = format!("--timeout={}s", wait::patience(PATIENCE).as_secs());
+        self.kubectl(&["wait", "pods", "-l", selector, &condition, &timeout])
+            .map(drop)
+            .with_context(|| {
+                self.kubectl(&["describe", "pods", "-l", selector])
+                    .unwrap_or_else(|e| format!("{e:#}"))
+            })
+    }
+
     /// By one call that watches: a call of kubectl costs a tenth of a second of a core.
     fn wait_pod(&self, pod: &str, condition: &str) -> Result<()> {
         let condition = format!("--for={condition}");
@@ -218,6 +237,25 @@ impl Namespace {
                 self.kubectl(&["describe", "pod", pod])
                     .unwrap_or_else(|e| format!("{e:#}"))
             })
+    }
+
+    /// Where a program in the pod is reached, by IPv4.
+    pub(crate) fn at(&self, pod: &str, port: u16) -> Result<SocketAddr> {
+        let address = self.addresses(pod)?.remove(0);
+        let address: IpAddr = address.parse().with_context(|| address.clone())?;
+        Ok((address, port).into())
+    }
+
+    /// The network namespace of a pod that runs, in a cluster of ours: for programs of the test's
+    /// own, of which it can have many.
+    pub(crate) fn netns(&self, cluster: &Cluster, pod: &str) -> Result<Netns> {
+        let uid = self.get(&["pod", pod])?["metadata"]["uid"].clone();
+        let uid = uid.as_str().context("no uid")?;
+        let mut processes = cluster.processes_of(uid).into_iter();
+        let pid = processes
+            .next()
+            .with_context(|| format!("{pod} has no process"))?;
+        Netns::of_process(pid)
     }
 
     /// The pod's addresses, IPv4 first.

@@ -7,10 +7,18 @@
 //! missing and says where it lies.
 mod ground;
 mod install;
+mod kinds;
 mod leftovers;
+mod lifecycle;
 mod mesh;
+mod netns;
+mod outage;
 mod pods;
+mod removal;
 mod rights;
+mod start;
+mod strict;
+mod talk;
 
 use std::process::ExitCode;
 
@@ -26,11 +34,20 @@ fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
     // Two cores and one cluster.
     arguments.test_threads = Some(1);
-    let trials = [pods::TESTS, rights::TESTS, mesh::TESTS, leftovers::TESTS]
-        .concat()
-        .into_iter()
-        .map(trial)
-        .collect();
+    let tables = [
+        pods::TESTS,
+        rights::TESTS,
+        mesh::TESTS,
+        start::TESTS,
+        kinds::TESTS,
+        strict::TESTS,
+        netns::TESTS,
+        lifecycle::TESTS,
+        outage::TESTS,
+        removal::TESTS,
+        leftovers::TESTS,
+    ];
+    let trials = tables.concat().into_iter().map(trial).collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
     ground::remove();
     conclusion.exit_code()

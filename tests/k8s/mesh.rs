@@ -1,19 +1,18 @@
 //! The mesh as users install it, seen from outside: by kubectl, by what travels on the wire between
 //! the nodes, and by what the agents say about it.
 
-use std::{fs, path::Path, process::Command, time::Duration};
+use std::{path::Path, process::Command, time::Duration};
 
 use anyhow::{Context, Result, ensure};
-use picomesh_tests::{
-    capture::Capture,
-    cluster::{Cluster, TOOLS},
-    wait,
-};
+use picomesh_tests::{cluster::TOOLS, wait};
 use serde_json::json;
 
 use crate::{
-    ground::{self, Ground, Namespace, Need, PATIENCE, Test, ground, items, slowly, url},
-    install::{Installed, NAMESPACE, Part},
+    ground::{self, Ground, Namespace, Need, PATIENCE, Test, ground, items, slowly},
+    install::{
+        Installed, NAMESPACE, Part, agent_on, diagnosis, log_of, wait_captured, wait_installed,
+    },
+    talk::{MARKER, PORT, identity, label, seen_on_the_wire, served, server},
 };
 
 pub(crate) const TESTS: &[Test] = &[Test {
@@ -21,10 +20,6 @@ pub(crate) const TESTS: &[Test] = &[Test {
     needs: &[Need::Nodes, Need::Image],
     run: a_label_takes_running_pods_into_the_mesh_and_out_of_it,
 }];
-
-const PORT: u16 = 8080;
-/// In the answer of every server, so on the wire if it is plain.
-const MARKER: &str = "picomesh-marker-5b1c";
 
 fn a_label_takes_running_pods_into_the_mesh_and_out_of_it() -> Result<()> {
     let ground = ground()?;
@@ -36,10 +31,7 @@ fn a_label_takes_running_pods_into_the_mesh_and_out_of_it() -> Result<()> {
     };
     // Pods first: they are older than the agents, and are never started anew.
     let nodes = [near.name(), far.name()];
-    space.apply(json!({
-        "apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "server"},
-    }))?;
-    server(&space, far.name())?;
+    server(&space, "server", far.name())?;
     for (index, node) in nodes.iter().enumerate() {
         space.pod(
             &format!("client{index}"),
@@ -101,104 +93,6 @@ fn started(space: &Namespace) -> Result<Vec<String>> {
         .collect())
 }
 
-/// nginx that names itself to whoever asks, and is asked by the kubelet.
-fn server(space: &Namespace, node: &str) -> Result<()> {
-    let listen_v6 = if fs::exists("/proc/net/if_inet6")? {
-        format!("listen [::]:{PORT};")
-    } else {
-        String::new()
-    };
-    let config = format!(
-        "user root; worker_processes 1; pid /tmp/nginx.pid; error_log stderr; \
-         events {{}} http {{ access_log off; server {{ listen {PORT}; {listen_v6} \
-         location / {{ default_type text/plain; return 200 \"{MARKER}\\n\"; }} }} }}"
-    );
-    let script = format!(
-        "cat > /tmp/nginx.conf <<'END'\n{config}\nEND\n\
-         exec nginx -e stderr -c /tmp/nginx.conf -g 'daemon off;'"
-    );
-    space.apply(json!({
-        "apiVersion": "v1", "kind": "Pod",
-        "metadata": {"name": "server", "labels": {"app": "server"}},
-        "spec": {
-            "nodeName": node,
-            "terminationGracePeriodSeconds": 1,
-            "enableServiceLinks": false,
-            "serviceAccountName": "server",
-            "containers": [{
-                "name": "main", "image": TOOLS, "imagePullPolicy": "Never",
-                "command": ["/bin/sh", "-c", script],
-                "readinessProbe": {
-                    "httpGet": {"path": "/", "port": PORT},
-                    "periodSeconds": 1, "failureThreshold": 2,
-                },
-            }],
-        },
-    }))
-}
-
-fn label(space: &Namespace, value: &str) -> Result<()> {
-    let label = format!("picomesh.io/mesh={value}");
-    space.kubectl(&["label", "--overwrite", "namespace", space.name(), &label])?;
-    Ok(())
-}
-
-fn wait_installed(ground: &Ground) -> Result<()> {
-    let timeout = format!("--timeout={}s", wait::patience(PATIENCE).as_secs());
-    for what in [
-        "daemonset/picomesh-agent",
-        "deployment/picomesh-controller",
-        "deployment/picomesh-signer",
-    ] {
-        let args = ["rollout", "status", "-n", NAMESPACE, what, &timeout];
-        ground.kubectl().run(&args)?;
-    }
-    Ok(())
-}
-
-/// As the agents tell it of their nodes, from the kernel.
-fn wait_captured(ground: &Ground, wanted: u64) -> Result<()> {
-    wait::for_value(&format!("{wanted} pods are captured"), PATIENCE, || {
-        let nodes = slowly(ground.kubectl().get(&["meshnodes"]))?;
-        let pods = items(&nodes).map(|node| &node["status"]["pods"]);
-        let (mut meshed, mut captured) = (0, 0);
-        for pods in pods {
-            meshed += pods["meshed"].as_u64().unwrap_or(0);
-            captured += pods["captured"].as_u64().unwrap_or(0);
-        }
-        let done = (meshed, captured) == (wanted, wanted);
-        slowly(done.then_some(()).with_context(|| {
-            format!(
-                "{meshed} are meshed, {captured} captured: {}",
-                nodes["items"]
-            )
-        }))
-        .map(Some)
-    })
-}
-
-fn served(space: &Namespace, client: &str, address: &str) -> Result<String> {
-    let url = url(address, PORT);
-    space.exec(client, &["curl", "-sS", "--max-time", "5", &url])
-}
-
-/// Packets between the nodes that could be read, of a few requests across.
-fn seen_on_the_wire(cluster: &Cluster, space: &Namespace, address: &str) -> Result<u64> {
-    let far = cluster.nodes().last().context("no node")?;
-    let capture = Capture::start(far.netns(), Some("eth0"), &[MARKER.as_bytes()])?;
-    for _ in 0..3 {
-        let answer = served(space, "client0", address)?;
-        ensure!(answer.contains(MARKER), "it answered {answer:?}");
-    }
-    // What is under way still counts.
-    std::thread::sleep(Duration::from_millis(300));
-    Ok(capture.found(0))
-}
-
-fn identity(space: &Namespace, account: &str) -> String {
-    format!("spiffe://cluster.local/ns/{}/sa/{account}", space.name())
-}
-
 /// With the token of `node`'s agent: an account that runs there, which is the control, and one that
 /// runs on the other node only.
 fn a_stolen_token_speaks_for_its_node_only(
@@ -207,15 +101,7 @@ fn a_stolen_token_speaks_for_its_node_only(
     node: &str,
 ) -> Result<()> {
     let kubectl = ground.kubectl();
-    let pod = agent_on(ground, node)?;
-    let uid = kubectl.text(&[
-        "get",
-        "pod",
-        &pod,
-        "-n",
-        NAMESPACE,
-        "-o=jsonpath={.metadata.uid}",
-    ])?;
+    let agent = agent_on(ground, node)?;
     let token = kubectl.text(&[
         "create",
         "token",
@@ -223,8 +109,8 @@ fn a_stolen_token_speaks_for_its_node_only(
         "-n",
         NAMESPACE,
         "--bound-object-kind=Pod",
-        &format!("--bound-object-name={pod}"),
-        &format!("--bound-object-uid={uid}"),
+        &format!("--bound-object-name={}", agent.name),
+        &format!("--bound-object-uid={}", agent.uid),
     ])?;
     let scratch = tempfile::tempdir()?;
     let thief = kubectl.with_token(&token, &scratch.path().join("kubeconfig"))?;
@@ -285,10 +171,7 @@ fn request(identity: &str, dir: &Path) -> Result<String> {
 fn both_ends_are_named(ground: &Ground, space: &Namespace, near: &str, far: &str) -> Result<()> {
     let (client, server) = (identity(space, "default"), identity(space, "server"));
     for (node, direction, peer) in [(near, "outbound", "dst"), (far, "inbound", "src")] {
-        let agent = agent_on(ground, node)?;
-        let log = ground
-            .kubectl()
-            .run(&["logs", "-n", NAMESPACE, &agent, "--tail=-1"])?;
+        let log = log_of(ground, node)?;
         let named = log.lines().filter(|line| {
             line.contains(&format!("direction=\"{direction}\""))
                 && line.contains(&format!("src.identity=\"{client}\""))
@@ -348,35 +231,4 @@ fn probes_reach_their_pod(ground: &Ground, space: &Namespace) -> Result<()> {
     wait::until("everybody is let in again", PATIENCE, || {
         slowly(served(space, "client0", &address)).is_ok()
     })
-}
-
-fn agent_on(ground: &Ground, node: &str) -> Result<String> {
-    let on = format!("--field-selector=spec.nodeName={node}");
-    let label = "-l=app.kubernetes.io/name=picomesh-agent";
-    let pods = ground
-        .kubectl()
-        .get(&["pods", "-n", NAMESPACE, &on, label])?;
-    let mut names = items(&pods).filter_map(|pod| pod["metadata"]["name"].as_str());
-    Ok(names.next().context("no agent there")?.to_owned())
-}
-
-/// What a person would look at.
-fn diagnosis(ground: &Ground) -> String {
-    let mut text = String::new();
-    for args in [
-        &["get", "pods,events", "-n", NAMESPACE, "-o=wide"][..],
-        &["describe", "pods", "-n", NAMESPACE],
-        &["get", "meshnodes", "-o=yaml"],
-        &["get", "csr"],
-    ] {
-        let said = ground.kubectl().run(args);
-        text.push_str(&said.unwrap_or_else(|e| format!("{e:#}\n")));
-    }
-    for what in ["agent", "controller", "signer"] {
-        let label = format!("-l=app.kubernetes.io/name=picomesh-{what}");
-        let args = ["logs", "-n", NAMESPACE, &label, "--tail=40", "--prefix"];
-        let said = ground.kubectl().run(&args);
-        text.push_str(&said.unwrap_or_else(|e| format!("{e:#}\n")));
-    }
-    text
 }

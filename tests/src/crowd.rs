@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::{Result, anyhow};
 
-use crate::{Pod, client};
+use crate::{Netns, client};
 
 /// Dropping it stops it.
 #[derive(Debug)]
@@ -31,6 +31,9 @@ pub struct Fared {
     pub took: Duration,
 }
 
+/// What every connection carries to and fro: in a capture of plain connections it is found.
+pub const WORD: &[u8] = b"picomesh-crowd-word";
+
 /// After as many the point is made.
 const MANY_FAILURES: usize = 20;
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -38,13 +41,17 @@ const PATIENCE: Duration = Duration::from_secs(10);
 impl Crowd {
     /// For each of `targets`, which are echo servers, a client in `from` that opens a connection
     /// `every` so often, or as fast as it can if that is too much.
-    pub fn start(from: &Pod, targets: &[SocketAddr], every: Duration) -> Result<Self> {
+    pub fn start(
+        from: &impl AsRef<Netns>,
+        targets: &[SocketAddr],
+        every: Duration,
+    ) -> Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let members = targets
             .iter()
             .map(|to| {
                 let (stop, to) = (stop.clone(), *to);
-                from.netns()
+                from.as_ref()
                     .spawn("crowd", move || member(to, every, &stop))
             })
             .collect::<Result<_>>()?;
@@ -90,7 +97,7 @@ fn member(to: SocketAddr, every: Duration, stop: &AtomicBool) -> Fared {
         let once = || -> std::io::Result<()> {
             let mut stream = client::connect(to, PATIENCE)?;
             phase = "exchange";
-            client::ping(&mut stream, b"a word")
+            client::ping(&mut stream, WORD)
         };
         match { once }() {
             Ok(()) => fared.opened += 1,

@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Result, anyhow, ensure};
 
-use crate::{Pod, client, wait};
+use crate::{Netns, client, crowd::WORD, wait};
 
 /// One client that works until it is told to stop. Dropping it stops it too.
 #[derive(Debug)]
@@ -37,7 +37,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 impl Load {
     /// A new connection to an echo server every few milliseconds.
-    pub fn of_connections(from: &Pod, to: SocketAddr) -> Result<Self> {
+    pub fn of_connections(from: &impl AsRef<Netns>, to: SocketAddr) -> Result<Self> {
         Self::start(from, move |_| {
             let answer = client::exchange(to, b"a short word", PATIENCE)?;
             ensure!(answer == b"a short word", "the echo is {answer:?}");
@@ -46,8 +46,8 @@ impl Load {
     }
 
     /// One connection to an echo server, opened before this returns, on which words go to and fro.
-    pub fn on_one_connection(from: &Pod, to: SocketAddr) -> Result<Self> {
-        let mut stream = from.run(|| client::connect(to, PATIENCE))?;
+    pub fn on_one_connection(from: &impl AsRef<Netns>, to: SocketAddr) -> Result<Self> {
+        let mut stream = from.as_ref().run(|| client::connect(to, PATIENCE))?;
         client::ping(&mut stream, b"first words")?;
         Self::start(from, move |round| {
             client::ping(&mut stream, &round.to_be_bytes())?;
@@ -55,10 +55,24 @@ impl Load {
         })
     }
 
+    /// One connection to an echo server after the other, each as long as `life`, with a word to and
+    /// fro five times a second. Stopping it waits for the last one's end.
+    pub fn of_streams(from: &impl AsRef<Netns>, to: SocketAddr, life: Duration) -> Result<Self> {
+        Self::start(from, move |_| {
+            let mut stream = client::connect(to, PATIENCE)?;
+            let begun = Instant::now();
+            while begun.elapsed() < life {
+                client::ping(&mut stream, WORD)?;
+                thread::sleep(Duration::from_millis(200));
+            }
+            Ok(())
+        })
+    }
+
     /// A download from [`crate::server::Habit::Source`] at a few MB a second, opened before this
     /// returns; every byte is looked at.
-    pub fn download(from: &Pod, to: SocketAddr) -> Result<Self> {
-        let mut stream = from.run(|| client::connect(to, PATIENCE))?;
+    pub fn download(from: &impl AsRef<Netns>, to: SocketAddr) -> Result<Self> {
+        let mut stream = from.as_ref().run(|| client::connect(to, PATIENCE))?;
         let mut chunk = vec![0; 16 * 1024];
         Self::start(from, move |_| {
             stream.read_exact(&mut chunk)?;
@@ -71,13 +85,13 @@ impl Load {
     }
 
     fn start(
-        from: &Pod,
+        from: &impl AsRef<Netns>,
         mut round: impl FnMut(u64) -> Result<()> + Send + 'static,
     ) -> Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let rounds = Arc::new(AtomicU64::new(0));
         let (stopped, counted) = (stop.clone(), rounds.clone());
-        let thread = from.netns().spawn("load", move || {
+        let thread = from.as_ref().spawn("load", move || {
             let mut tally = Tally::default();
             while !stopped.load(Ordering::Relaxed) && tally.failures.len() < MANY_FAILURES {
                 let start = Instant::now();

@@ -61,6 +61,16 @@ impl Netns {
         })
     }
 
+    /// The namespace that a process lives in. It needs no name, and has none that others know.
+    pub fn of_process(pid: i32) -> Result<Self> {
+        let path = format!("/proc/{pid}/ns/net");
+        let file = File::open(&path).with_context(|| format!("open {path}"))?;
+        Ok(Self {
+            name: format!("of process {pid}").into(),
+            file: Arc::new(file),
+        })
+    }
+
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -185,6 +195,12 @@ impl Netns {
             *byte = u8::from_str_radix(part, 16)?;
         }
         Ok(mac)
+    }
+}
+
+impl AsRef<Netns> for Netns {
+    fn as_ref(&self) -> &Netns {
+        self
     }
 }
 

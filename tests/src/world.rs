@@ -533,6 +533,12 @@ impl Node {
     }
 }
 
+impl AsRef<Netns> for Pod {
+    fn as_ref(&self) -> &Netns {
+        self.netns()
+    }
+}
+
 impl Pod {
     pub fn name(&self) -> &str {
         &self.0.name

@@ -327,6 +327,9 @@ fn commands(tier: Tier, filter: Option<&str>, full: bool) -> Vec<(&'static str, 
         Tier::K8s => {
             let mut k8s = test(&["-p", "picomesh-tests", "--test", "k8s"], filter);
             k8s.env(AGENT_IMAGE, image::archive());
+            if full {
+                k8s.env(picomesh_tests::FULL, "1");
+            }
             if let Some(kubernetes) = kubernetes::find() {
                 k8s.env(KUBERNETES, kubernetes);
             }

@@ -34,7 +34,7 @@ use serde_json::json;
 
 pub use self::{component::Component, control::Control, kubectl::Kubectl, node::Node};
 use self::{node::Place, pki::Pki};
-use crate::{Netns, image::Image, reaper, requirements};
+use crate::{Netns, cgroups, image::Image, reaper, requirements};
 
 /// Names the directory with kube-apiserver, kube-controller-manager, kube-scheduler, kubelet,
 /// kube-proxy and kubectl.
@@ -183,6 +183,18 @@ impl Cluster {
     /// Puts the images of an OCI archive on every node.
     pub fn import_archive(&self, archive: &Path) -> Result<()> {
         self.nodes.iter().try_for_each(|node| node.import(archive))
+    }
+
+    /// Processes of the pod with this uid, wherever it runs.
+    pub fn processes_of(&self, uid: &str) -> Vec<i32> {
+        let group = format!("pod{uid}");
+        let inside = |pid: &i32| {
+            fs::read_to_string(format!("/proc/{pid}/cgroup")).is_ok_and(|all| all.contains(&group))
+        };
+        cgroups::processes(&self.name)
+            .into_iter()
+            .filter(inside)
+            .collect()
     }
 
     /// What the programs of this cluster said last, for a person.

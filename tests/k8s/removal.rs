@@ -1,0 +1,237 @@
+//! A mesh that is deleted leaves the nodes as they were, and the pods that run with their
+//! connections.
+
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    process::Command,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use picomesh_tests::{
+    Netns,
+    cluster::{Kubectl, Node},
+    crowd::Crowd,
+    hooks::Hooks,
+    load::Load,
+    requirements, wait,
+};
+
+use crate::{
+    ground::{Ground, Need, Test, ground},
+    install::{diagnosis, wait_captured},
+    talk::{Scene, both, label},
+};
+
+pub(crate) const TESTS: &[Test] = &[Test {
+    name: "removal::a_mesh_that_is_deleted_was_never_there",
+    needs: &[Need::Nodes, Need::Image],
+    run: a_mesh_that_is_deleted_was_never_there,
+}];
+
+/// Of the manifests: what an agent gives the connections that it carries.
+const DRAIN: Duration = Duration::from_secs(30);
+
+fn a_mesh_that_is_deleted_was_never_there() -> Result<()> {
+    let ground = ground()?;
+    let nodes = both(ground.own()?)?;
+    let _foreign = ForeignKinds::create(ground.kubectl())?;
+    let mut scene = Scene::without_mesh(&ground, "removal")?;
+    let look = |scene: &Scene| Traces::look(&ground, nodes, scene);
+    let before = look(&scene)?;
+    for (what, found) in &before.0 {
+        let theirs = found.contains("picomesh") || found.contains(MARK);
+        ensure!(!theirs, "a mesh was here before; {what}: {found}");
+    }
+
+    scene.install(&ground)?;
+    label(&scene.space, "enabled")?;
+    wait_captured(&ground, 2).with_context(|| diagnosis(&ground))?;
+    // The control: each of these looks finds something of a mesh that stands.
+    let standing = look(&scene)?;
+    for (what, found) in &standing.0 {
+        ensure!(
+            before.0.get(what) != Some(found),
+            "with the mesh there is nothing new in {what}: {found}"
+        );
+    }
+    scene.is_carried(&ground)?;
+
+    // Connections that are carried may finish; new ones never fail.
+    let carried = Load::on_one_connection(&scene.pods[0], scene.at[1])?;
+    let crowds = [(0, 1), (1, 0)]
+        .map(|(from, to)| {
+            let pause = Duration::from_millis(50);
+            Crowd::start(&scene.pods[from], &[scene.at[to]; 2], pause)
+        })
+        .into_iter()
+        .collect::<Result<Vec<_>>>()?;
+    let begun = Instant::now();
+    let still = thread::scope(|scope| {
+        let removal = scope.spawn(|| scene.remove());
+        thread::sleep(DRAIN / 6);
+        let still = carried.wait_rounds(5);
+        let removed = removal.join();
+        removed.map_err(|_| anyhow::anyhow!("the removal panicked"))??;
+        anyhow::Ok(still)
+    })?;
+    let took = begun.elapsed();
+    for crowd in crowds {
+        let fared = crowd.stop()?;
+        ensure!(
+            fared.failures.is_empty(),
+            "while the mesh went, of {} connections failed: {}",
+            fared.opened,
+            fared.failures.join("; ")
+        );
+    }
+    still.context("a connection was cut at once")?;
+    let tally = carried.stop()?;
+    ensure!(
+        !tally.failures.is_empty(),
+        "a connection that was carried goes on after {took:?}, without anybody who carries it"
+    );
+    ensure!(
+        took > DRAIN / 2,
+        "all was gone after {took:?}, and a connection may go on for {DRAIN:?}"
+    );
+
+    wait::for_value("all is as before", Duration::from_secs(10), || {
+        let after = look(&scene)?;
+        ensure!(after == before, "{}", before.differs_from(&after));
+        Ok(Some(()))
+    })?;
+    scene.wait_speaks()?;
+    scene.is_read(&ground)
+}
+
+/// How `ip` shows what is ours: by the protocol's number.
+const MARK: &str = "proto 112";
+
+/// What a mesh can leave, by where it is.
+#[derive(Debug, PartialEq, Eq)]
+struct Traces(BTreeMap<String, String>);
+
+impl Traces {
+    fn look(ground: &Ground, nodes: [&Node; 2], scene: &Scene) -> Result<Self> {
+        let mut all = BTreeMap::new();
+        for node in nodes {
+            for (what, script) in ON_NODES {
+                let found = node.run(&["sh", "-c", script])?;
+                all.insert(format!("{what} of {}", node.name()), found);
+            }
+        }
+        for (pod, name) in scene.pods.iter().zip(["near", "far"]) {
+            let hooks = format!("{:?}", Hooks::of(pod)?);
+            all.insert(format!("programs of {name}"), hooks);
+            for (what, args) in IN_PODS {
+                let v6 = args.first() == Some(&"-6");
+                if !v6 || requirements::ipv6() {
+                    all.insert(format!("{what} of {name}"), ip(pod, args)?);
+                }
+            }
+        }
+        let columns = "-o=custom-columns=N:.metadata.name,U:.metadata.uid,G:.metadata.generation";
+        let kinds = ground
+            .kubectl()
+            .run(&["get", "customresourcedefinitions", columns])?;
+        all.insert("definitions of kinds".into(), kinds);
+        Ok(Self(all))
+    }
+
+    fn differs_from(&self, other: &Self) -> String {
+        let differs = self
+            .0
+            .iter()
+            .filter(|(what, found)| other.0.get(*what) != Some(found));
+        let told = differs.map(|(what, found)| {
+            let now = other.0.get(what).map_or("", String::as_str);
+            format!("{what}\n--- before\n{found}\n--- after\n{now}\n")
+        });
+        told.collect()
+    }
+}
+
+/// Directories themselves may stay where the kubelet makes them.
+const ON_NODES: [(&str, &str); 4] = [
+    ("bpffs", "find /sys/fs/bpf -mindepth 1 | sort"),
+    (
+        "the CNI's directories",
+        "find /etc/cni/net.d /opt/cni/bin ! -type d -exec sha256sum {} + | sort",
+    ),
+    (
+        "files of state",
+        "find /var/lib/picomesh ! -type d 2>/dev/null | sort",
+    ),
+    (
+        "files and sockets",
+        "find /run/picomesh ! -type d 2>/dev/null | sort",
+    ),
+];
+
+const IN_PODS: [(&str, &[&str]); 5] = [
+    ("devices", &["-o", "link"]),
+    ("rules", &["-4", "rule"]),
+    ("rules of IPv6", &["-6", "rule"]),
+    ("routes", &["-4", "route", "show", "table", "all"]),
+    ("routes of IPv6", &["-6", "route", "show", "table", "all"]),
+];
+
+fn ip(netns: &Netns, args: &[&str]) -> Result<String> {
+    let output = netns.run(|| Command::new("ip").args(args).output())?;
+    ensure!(
+        output.status.success(),
+        "ip {}: {}",
+        args.join(" "),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    // Indices and times change by themselves.
+    let lines = said.lines().map(|line| match line.split_once(": ") {
+        Some((_, rest)) if args.contains(&"link") => {
+            rest.split(": ").next().unwrap_or_default().to_owned()
+        }
+        Some(_) | None => line
+            .split(" expires ")
+            .next()
+            .unwrap_or_default()
+            .to_owned(),
+    });
+    let mut lines: Vec<String> = lines.collect();
+    lines.sort();
+    Ok(lines.join("\n"))
+}
+
+/// Linkerd's kinds, as if it had brought them. Removed when dropped.
+struct ForeignKinds {
+    kubectl: Kubectl,
+    source: String,
+}
+
+impl ForeignKinds {
+    fn create(kubectl: &Kubectl) -> Result<Self> {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/kustomize/policy-crds");
+        let source = format!("-k={}", dir.display());
+        kubectl.run(&["create", &source])?;
+        Ok(Self {
+            kubectl: kubectl.clone(),
+            source,
+        })
+    }
+}
+
+impl Drop for ForeignKinds {
+    fn drop(&mut self) {
+        let gone = self.kubectl.run(&[
+            "delete",
+            &self.source,
+            "--ignore-not-found",
+            "--timeout=60s",
+        ]);
+        if let Err(e) = gone {
+            eprintln!("{e:#}");
+        }
+    }
+}

@@ -1,0 +1,186 @@
+//! From its first packet on a pod of the mesh is in the mesh, and where that cannot be it does not
+//! start.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use picomesh_tests::{cluster::TOOLS, wait};
+use serde_json::{Value, json};
+
+use crate::{
+    ground::{self, Ground, Namespace, Need, PATIENCE, Test, full, ground, slowly, url},
+    install::{Installed, Part, Placement, diagnosis, wait_captured, wait_installed},
+    talk::{MARKER, PORT, both, identity, label, server, wait_told, wire},
+};
+
+pub(crate) const TESTS: &[Test] = &[
+    Test {
+        name: "start::the_first_thing_that_new_pods_do_is_done_in_the_mesh",
+        needs: &[Need::Nodes, Need::Image],
+        run: the_first_thing_that_new_pods_do_is_done_in_the_mesh,
+    },
+    Test {
+        name: "start::without_an_agent_pods_of_the_mesh_wait_and_all_others_start",
+        needs: &[Need::Nodes, Need::Image],
+        run: without_an_agent_pods_of_the_mesh_wait_and_all_others_start,
+    },
+];
+
+fn the_first_thing_that_new_pods_do_is_done_in_the_mesh() -> Result<()> {
+    let ground = ground()?;
+    let cluster = ground.own()?;
+    cluster.import_archive(&ground::image()?)?;
+    let [near, far] = both(cluster)?;
+    let (space, outside) = (
+        ground.namespace("start")?,
+        ground.namespace("start-outside")?,
+    );
+    let _installed = Installed::new(ground.kubectl(), Part::All)?;
+    wait_installed(&ground).with_context(|| diagnosis(&ground))?;
+    label(&space, "enabled")?;
+    server(&space, "server", far.name())?;
+    space.wait_ready("server")?;
+    wait_captured(&ground, 1).with_context(|| diagnosis(&ground))?;
+    let address = space.addresses("server")?.remove(0);
+
+    // The control: the same outside of the mesh.
+    let seen = first_words(&ground, &outside, near.name(), &address, 2)?;
+    ensure!(seen >= 2, "of two pods in plain {seen} packets were found");
+
+    let many = if full() { 50 } else { 20 };
+    let seen = first_words(&ground, &space, near.name(), &address, many)
+        .with_context(|| diagnosis(&ground))?;
+    ensure!(seen == 0, "{seen} packets of {many} new pods can be read");
+    let pods: Vec<_> = (0..many)
+        .map(|index| {
+            vec![
+                format!("src.workload=\"{}\"", first(index)),
+                format!("src.identity=\"{}\"", identity(&space, "default")),
+                format!("dst.identity=\"{}\"", identity(&space, "server")),
+                "direction=\"outbound\"".to_owned(),
+            ]
+        })
+        .collect();
+    wait_told(&ground, near.name(), &pods)
+}
+
+fn first(index: usize) -> String {
+    format!("first{index}")
+}
+
+/// Packets between the nodes that can be read, of pods that are made one after the other, call
+/// `address` first of all, and end.
+fn first_words(
+    ground: &Ground,
+    space: &Namespace,
+    node: &str,
+    address: &str,
+    pods: usize,
+) -> Result<u64> {
+    let capture = wire(ground.own()?, &[MARKER.as_bytes()])?;
+    for index in 0..pods {
+        space.apply(caller(&first(index), node, address))?;
+    }
+    space.wait_all("calls=at-once", "jsonpath={.status.phase}=Succeeded")?;
+    Ok(capture.stop()?.found[0])
+}
+
+/// A pod whose first and only action is a request, that carries the marker and its own name.
+fn caller(name: &str, node: &str, address: &str) -> Value {
+    let url = format!("{}{MARKER}-of-{name}/", url(address, PORT));
+    json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {"name": name, "labels": {"calls": "at-once"}},
+        "spec": {
+            "nodeName": node,
+            "restartPolicy": "Never",
+            "terminationGracePeriodSeconds": 1,
+            "enableServiceLinks": false,
+            "containers": [{
+                "name": "main", "image": TOOLS, "imagePullPolicy": "Never",
+                "command": ["curl", "-sS", "--fail", "--max-time", "20", url],
+            }],
+        },
+    })
+}
+
+fn without_an_agent_pods_of_the_mesh_wait_and_all_others_start() -> Result<()> {
+    let ground = ground()?;
+    let cluster = ground.own()?;
+    cluster.import_archive(&ground::image()?)?;
+    let [near, far] = both(cluster)?;
+    let (space, outside) = (ground.namespace("wait")?, ground.namespace("wait-outside")?);
+    let placement = Placement::new(&ground)?;
+    let _installed = Installed::new(ground.kubectl(), Part::All)?;
+    placement.rules()?;
+    wait_installed(&ground).with_context(|| diagnosis(&ground))?;
+    label(&space, "enabled")?;
+    server(&space, "server", far.name())?;
+    space.wait_ready("server")?;
+    wait_captured(&ground, 1).with_context(|| diagnosis(&ground))?;
+    let address = space.addresses("server")?.remove(0);
+    let whole = "so it waits for the agent";
+    let known = format!("namespace {} is in the mesh", space.name());
+    wait_intent(&ground, space.name())?;
+
+    let withdrawn = placement.take(near.name())?;
+    let names = ["waits", "joins", "goes"];
+    let markers = names.map(|name| format!("{MARKER}-of-{name}/"));
+    let markers: Vec<&[u8]> = markers.iter().map(String::as_bytes).collect();
+    let capture = wire(cluster, &markers)?;
+    space.apply(caller("waits", near.name(), &address))?;
+    let mut joins = caller("joins", near.name(), &address);
+    joins["metadata"]["annotations"] = json!({"picomesh.io/mesh": "enabled"});
+    outside.apply(joins)?;
+    outside.apply(caller("goes", near.name(), &address))?;
+
+    // Nobody else is held up, and that is the capture's control.
+    outside.wait_succeeded("goes")?;
+    capture.wait_found(2, Duration::from_secs(5))?;
+    says_why(&space, "waits", &[whole, &known])?;
+    says_why(&outside, "joins", &[whole, "its own annotation says so"])?;
+    for (space, pod) in [(&space, "waits"), (&outside, "joins")] {
+        let phase = &space.get(&["pod", pod])?["status"]["phase"];
+        ensure!(phase == "Pending", "{pod} is {phase} without an agent");
+    }
+
+    withdrawn.give_back().with_context(|| diagnosis(&ground))?;
+    space.wait_succeeded("waits")?;
+    outside.wait_succeeded("joins")?;
+    let seen = capture.stop()?;
+    ensure!(
+        seen.found[..2] == [0, 0],
+        "packets of waits and joins that can be read: {:?}",
+        seen.found
+    );
+    let told = [(&space, "waits"), (&outside, "joins")].map(|(from, pod)| {
+        vec![
+            format!("src.workload=\"{pod}\""),
+            format!("src.identity=\"{}\"", identity(from, "default")),
+            format!("dst.identity=\"{}\"", identity(&space, "server")),
+        ]
+    });
+    wait_told(&ground, near.name(), &told)
+}
+
+/// Until the plugin of every node would know the namespace without its agent.
+fn wait_intent(ground: &Ground, namespace: &str) -> Result<()> {
+    let quoted = format!("\"{namespace}\"");
+    for node in ground.own()?.nodes() {
+        let what = format!("{} has written down {namespace}", node.name());
+        wait::for_value(&what, PATIENCE, || {
+            let intent = slowly(node.run(&["cat", "/var/lib/picomesh/cni.json"]))?;
+            slowly(intent.contains(&quoted).then_some(()).context(intent)).map(Some)
+        })?;
+    }
+    Ok(())
+}
+
+/// To whoever looks at the pod.
+fn says_why(space: &Namespace, pod: &str, words: &[&str]) -> Result<()> {
+    wait::for_value(&format!("{pod} says why it waits"), PATIENCE, || {
+        let described = slowly(space.kubectl(&["describe", "pod", pod]))?;
+        let all = words.iter().all(|word| described.contains(word));
+        slowly(all.then_some(()).context(described)).map(Some)
+    })
+}
