@@ -16,7 +16,7 @@ use super::{
 use crate::{Netns, reaper, wait};
 
 pub(super) const ADDRESS: &str = "192.168.77.2";
-const ADDRESS6: &str = "fd77::2";
+pub(super) const ADDRESS6: &str = "fd77::2";
 const PORT: u16 = 6443;
 /// The first of the addresses of Services is the API server's.
 const SERVICES: &str = "10.96.0.0/16";

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use super::{
     NodeSpec, PAUSE,
     component::{Component, words},
-    control::{ADDRESS, plug, pod_networks},
+    control::{ADDRESS, ADDRESS6, plug, pod_networks},
     pki::{Pki, Subject},
     spoken,
 };
@@ -112,6 +112,10 @@ impl Node {
         let netns = Netns::create(&format!("{}-{name}", place.cluster))?;
         let (v4, v6) = place.addresses();
         plug(wire, &netns, &format!("n{}", place.index), &v4, &v6)?;
+        // A Service's address is turned into a pod's only on the way out, so there must be one.
+        for via in spoken(ADDRESS, ADDRESS6) {
+            netns.ip(&format!("route add default via {via}\n"))?;
+        }
         load_bridge_filter()?;
         for (key, value) in [
             ("net/ipv4/ip_forward", "1"),
