@@ -3,16 +3,24 @@
 //! rustls asks for 4 KiB at a time, so that one full record would cost five calls. This reads as
 //! much as there is and hands it on from memory. Writes go through as they are: rustls offers whole
 //! records, vectored.
+//!
+//! **An end that can be heard.** A socket that is closed while something in it is unread sends a
+//! reset, and a peer that is just about to write hears of that before it has read the last frames:
+//! streams that had ended well would fail there. Something is unread as a rule, because peers answer
+//! data with windows. So after our FIN everything is read and thrown away until the peer's, for
+//! [`LINGER`] at most (RFC 9112, section 9.6, has the same for HTTP/1.1).
 
 use std::{
     io::{self, IoSlice},
     pin::Pin,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
+    time::{Sleep, sleep},
 };
 
 use super::hbone::FRAME;
@@ -33,6 +41,9 @@ const TURN: u32 = 8;
 /// that it leaves in one call and not in two.
 pub(super) const UNSENT: usize = 2 * FRAME as usize;
 
+/// What a peer may take to close its side when we have closed ours.
+const LINGER: Duration = Duration::from_secs(1);
+
 pub(super) struct Wire {
     tcp: TcpStream,
     /// Made at the first read.
@@ -47,6 +58,8 @@ pub(super) struct Wire {
     turn: u32,
     /// What a stranger may still send; `None`: no stranger any more.
     stranger: Option<usize>,
+    /// Our FIN is out, and the peer's is awaited until then.
+    lingering: Option<Pin<Box<Sleep>>>,
 }
 
 impl Wire {
@@ -60,6 +73,7 @@ impl Wire {
             quiet: 0,
             turn: 0,
             stranger: Some(HANDSHAKE),
+            lingering: None,
         }
     }
 
@@ -67,6 +81,24 @@ impl Wire {
     pub(super) fn peer_is_known(&mut self) {
         self.stranger = None;
         self.wanted = SMALL;
+    }
+
+    fn poll_linger(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if let Some(end) = &mut self.lingering
+            && end.as_mut().poll(cx).is_ready()
+        {
+            return Poll::Ready(());
+        }
+        let mut unread = [0; 4096];
+        for _ in 0..TURN {
+            let mut unread = ReadBuf::new(&mut unread);
+            match ready!(Pin::new(&mut self.tcp).poll_read(cx, &mut unread)) {
+                Ok(()) if !unread.filled().is_empty() => {}
+                Ok(()) | Err(_) => return Poll::Ready(()),
+            }
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
     }
 
     /// Learns from a read how long the buffer should be.
@@ -156,7 +188,15 @@ impl AsyncWrite for Wire {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.tcp).poll_shutdown(cx)
+        let this = &mut *self;
+        if this.lingering.is_none() {
+            ready!(Pin::new(&mut this.tcp).poll_shutdown(cx))?;
+            if this.stranger.is_some() {
+                return Poll::Ready(Ok(()));
+            }
+            this.lingering = Some(Box::pin(sleep(LINGER)));
+        }
+        this.poll_linger(cx).map(Ok)
     }
 }
 
@@ -169,13 +209,18 @@ mod tests {
 
     use super::*;
 
-    #[tokio::test]
-    async fn the_buffer_grows_under_bulk_and_shrinks_after_it_and_loses_nothing() {
+    async fn pair() -> (Wire, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let near = TcpStream::connect(listener.local_addr().unwrap());
         let (near, far) = tokio::join!(near, listener.accept());
-        let (mut wire, mut far) = (Wire::new(near.unwrap()), far.unwrap().0);
+        let mut wire = Wire::new(near.unwrap());
         wire.peer_is_known();
+        (wire, far.unwrap().0)
+    }
+
+    #[tokio::test]
+    async fn the_buffer_grows_under_bulk_and_shrinks_after_it_and_loses_nothing() {
+        let (mut wire, mut far) = pair().await;
         let bulk: Vec<u8> = (0..8 * LARGE).map(|at| (at / 7) as u8).collect();
 
         let sent = bulk.clone();
@@ -215,5 +260,34 @@ mod tests {
         assert!(wire.read_exact(&mut got).await.is_err());
         drop(wire);
         talk.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_still_writes_reads_our_last_words_and_no_reset() {
+        let (mut wire, mut far) = pair().await;
+        far.write_all(b"a window that nobody reads").await.unwrap();
+        wire.write_all(b"last words").await.unwrap();
+        let closing = tokio::spawn(async move { wire.shutdown().await });
+        tokio::time::sleep(LINGER / 10).await;
+        far.write_all(b"and another").await.unwrap();
+        tokio::time::sleep(LINGER / 10).await;
+        // With a reset this fails, and h2 stops at the first error of either direction.
+        far.write_all(b"and one more").await.unwrap();
+        let mut heard = Vec::new();
+        far.read_to_end(&mut heard).await.unwrap();
+        assert_eq!(heard, b"last words");
+        assert!(!closing.is_finished(), "it waits for the peer's end");
+        drop(far);
+        closing.await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_never_closes_is_not_waited_for_longer() {
+        let (mut wire, far) = pair().await;
+        let begun = std::time::Instant::now();
+        wire.shutdown().await.unwrap();
+        assert!(begun.elapsed() >= LINGER);
+        assert!(begun.elapsed() < 3 * LINGER);
+        drop(far);
     }
 }

@@ -431,6 +431,12 @@ fn a_host_port_leads_to_its_pod_unless_a_service_has_the_place() {
     let older = with("shop/aa", "hostPort: 8443", deleted).replace("10.2.0.8", "10.2.0.3");
     let got = lead(&mesh_of(&(older + &web)), "192.168.0.2:8443");
     assert_eq!(got, "tunnel(n2,2) hp 10.2.0.8:8080", "who leaves yields");
+    let leaving = with("shop/hp", "hostPort: 8443", deleted);
+    let got = lead(&mesh_of(&leaving), "192.168.0.2:8443");
+    assert_eq!(
+        got, "tunnel(n2,2) hp 10.2.0.8:8080",
+        "to the end if nobody comes"
+    );
 
     // Two that stay: nobody knows which is meant, so it is neither.
     let other = |port: &str| with("shop/zz", port, "").replace("10.2.0.8", "10.2.0.3");
