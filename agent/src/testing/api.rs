@@ -8,17 +8,21 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    time::SystemTime,
 };
 
 use bytes::Bytes;
 use futures_util::stream;
-use http::{Method, Request, Response, StatusCode};
+use http::{Method, Request, Response, StatusCode, header::DATE};
 use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
 use hyper::body::Frame;
+use k8s_openapi::jiff::Timestamp;
 use kube::client::{Body, Client};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
+
+use crate::identity::clock::Clock;
 
 type Answer = UnsyncBoxBody<Bytes, Infallible>;
 
@@ -34,6 +38,8 @@ struct Inner {
     version: AtomicU64,
     /// Nothing answers.
     away: AtomicBool,
+    /// Whose time the answers carry; the machine's if nobody's.
+    clock: Mutex<Option<Arc<dyn Clock>>>,
     /// Requests so far, as `VERB path`.
     log: Mutex<Vec<String>>,
 }
@@ -107,6 +113,10 @@ impl Api {
         self.delete(DEFINITIONS, &format!("/{plural}.{group}"));
     }
 
+    pub(crate) fn set_clock(&self, clock: Arc<dyn Clock>) {
+        *self.0.clock.lock() = Some(clock);
+    }
+
     /// Goes away with all its connections, or comes back.
     pub(crate) fn set_away(&self, away: bool) {
         self.0.away.store(away, Ordering::Release);
@@ -162,11 +172,21 @@ impl Api {
             .await
             .map_err(std::io::Error::other)?
             .to_bytes();
-        if parts.method == Method::GET {
-            return Ok(self.read(&path, &query));
-        }
-        let body: Value = serde_json::from_slice(&body)?;
-        Ok(self.write(&parts.method, &path, body))
+        let mut answer = if parts.method == Method::GET {
+            self.read(&path, &query)
+        } else {
+            self.write(&parts.method, &path, serde_json::from_slice(&body)?)
+        };
+        let date = self.date().parse().map_err(std::io::Error::other)?;
+        answer.headers_mut().insert(DATE, date);
+        Ok(answer)
+    }
+
+    fn date(&self) -> String {
+        let clock = self.0.clock.lock().clone();
+        let now = clock.map_or_else(SystemTime::now, |clock| clock.now());
+        let now = Timestamp::try_from(now).unwrap_or(Timestamp::UNIX_EPOCH);
+        now.strftime("%a, %d %b %Y %H:%M:%S GMT").to_string()
     }
 
     fn read(&self, path: &str, query: &BTreeMap<&str, &str>) -> Response<Answer> {
