@@ -317,6 +317,12 @@ const REFUSED: &[(&str, Reason, Change)] = &[
     ("a pod on the node's network", Reason::NotOnNode, |r| {
         asking(r, &pem_of("spiffe://cluster.local/ns/shop/sa/host"));
     }),
+    ("the account of no account", Reason::NotOnNode, |r| {
+        asking(r, &pem_of("spiffe://cluster.local/ns/shop/sa/default"));
+    }),
+    ("the account of a mirror", Reason::NotOnNode, |r| {
+        asking(r, &pem_of("spiffe://cluster.local/ns/shop/sa/mirrored"));
+    }),
     ("a pod that has ended", Reason::NotOnNode, |r| {
         asking(r, &pem_of("spiffe://cluster.local/ns/shop/sa/job"));
     }),
@@ -346,6 +352,19 @@ async fn everything_else_is_denied_with_its_reason() {
     let mut host = pod("shop", "host-1", "u4", "host", "n1");
     host["spec"]["hostNetwork"] = true.into();
     server.put(PODS, host);
+    // What a kubelet may make anywhere: a mirror, which names no account.
+    let mut mirror = pod("shop", "mirror-1", "u6", "", "n1");
+    mirror["metadata"]["annotations"] = json!({"kubernetes.io/config.mirror": "5e1f"});
+    server.put(PODS, mirror);
+    let mut nobody = pod("shop", "nobody-1", "u7", "", "n1");
+    nobody["spec"]
+        .as_object_mut()
+        .unwrap()
+        .remove("serviceAccountName");
+    server.put(PODS, nobody);
+    let mut mirrored = pod("shop", "mirror-2", "u8", "mirrored", "n1");
+    mirrored["metadata"]["annotations"] = json!({"kubernetes.io/config.mirror": "5e1f"});
+    server.put(PODS, mirrored);
     let mut job = pod("shop", "job-1", "u5", "job", "n1");
     job["status"]["phase"] = "Succeeded".into();
     server.put(PODS, job);

@@ -101,7 +101,7 @@ fn pod(name: &str, node: &str, ip: &str) -> Value {
             "labels": {"app": name},
             "annotations": {"picomesh.io/netns": "/proc/1/ns/net"},
         },
-        "spec": {"nodeName": node, "containers": [{"name": "c", "ports": [
+        "spec": {"nodeName": node, "serviceAccountName": "default", "containers": [{"name": "c", "ports": [
             {"containerPort": 8080}, {"containerPort": 9090, "name": "metrics"},
         ]}]},
         "status": {"phase": "Running", "podIP": ip,
