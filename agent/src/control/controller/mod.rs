@@ -6,7 +6,8 @@
 //! replica has answered, is left alone.
 //!
 //! A refusal stands on the object as a `Denied` condition with reason and message. What a watch may
-//! only not have shown yet (a pod that has just started) is waited for, for some seconds.
+//! only not have shown yet (a pod that has just started) is waited for, for some seconds in which
+//! all watches are well.
 
 mod decide;
 mod pods;
@@ -117,10 +118,11 @@ pub async fn run(
             () = &mut stop => return,
             message = told.recv() => {
                 let Some((of, told)) = message else { return };
+                let now = Instant::now();
                 match of {
-                    Of::Requests => requests.hear(told, Instant::now()),
-                    Of::Pods => pods.hear_pod(told),
-                    Of::Namespaces => pods.hear_namespace(told),
+                    Of::Requests => requests.hear(told, now),
+                    Of::Pods => pods.hear_pod(told, now),
+                    Of::Namespaces => pods.hear_namespace(told, now),
                 }
                 due = due.min(Instant::now() + GATHER);
                 continue;
@@ -141,6 +143,8 @@ pub async fn run(
             continue;
         }
         let work = requests.due(&pods, Instant::now());
+        // A round was full, so there may be more.
+        let more = work.len() >= requests::ROUND;
         let acting = futures_util::stream::iter(work)
             .map(|work| act(&api, &leading, &counts, work))
             .buffer_unordered(AT_ONCE)
@@ -150,6 +154,9 @@ pub async fn run(
             () = &mut stop => return,
         };
         let now = Instant::now();
+        if more {
+            due = now;
+        }
         for (name, well) in acted {
             if well {
                 requests.done(&name, now);

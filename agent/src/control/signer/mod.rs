@@ -215,6 +215,7 @@ pub async fn run(
 impl Approved {
     fn hear(&mut self, told: Told) {
         match told {
+            Told::Failed => {}
             Told::Listing => self.listed = Some(BTreeSet::new()),
             Told::Listed => {
                 let listed = self.listed.take().unwrap_or_default();
