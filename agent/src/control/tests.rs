@@ -216,6 +216,15 @@ async fn trust_anchors_are_followed_and_never_lost() {
         .wait_for(|bundle| bundle.anchors.len() == 1)
         .await
         .unwrap();
+
+    // The API server has forgotten what we knew last, and answers the watch itself so.
+    sleep(Duration::from_secs(5)).await;
+    api.refuse_old(MAPS);
+    sleep(Duration::from_secs(15)).await;
+    api.put(MAPS, map(&format!("{old}{new}")));
+    let both = bundle.wait_for(|bundle| bundle.anchors.len() == 2);
+    let both = tokio::time::timeout(Duration::from_secs(1), both).await;
+    both.expect("within a second").unwrap();
     following.abort();
 }
 

@@ -51,6 +51,8 @@ struct Collection {
     watches: Vec<mpsc::UnboundedSender<String>>,
     /// Versions before this one are forgotten: a watch from there is told 410.
     forgotten: u64,
+    /// And it is the answer to the watch itself that says so.
+    refuses: bool,
 }
 
 impl Api {
@@ -138,6 +140,15 @@ impl Api {
         }
     }
 
+    /// Forgets what happened, and refuses the watches that would go on from there.
+    pub(crate) fn refuse_old(&self, collection: &str) {
+        let version = self.next();
+        let mut collections = self.0.collections.lock();
+        let collection = collections.entry(collection.to_owned()).or_default();
+        (collection.forgotten, collection.refuses) = (version, true);
+        collection.watches.clear();
+    }
+
     /// What happens to a collection while nobody is told: its watches are cut, silently.
     pub(crate) fn cut(&self, collection: &str) {
         let mut collections = self.0.collections.lock();
@@ -218,6 +229,9 @@ impl Api {
                 .get("resourceVersion")
                 .and_then(|from| from.parse().ok());
             let from: u64 = from.unwrap_or_default();
+            if from < collection.forgotten && collection.refuses {
+                return status(StatusCode::GONE, "too old resource version");
+            }
             if from < collection.forgotten {
                 return json_body(expired());
             }
@@ -421,6 +435,7 @@ fn status(code: StatusCode, message: &str) -> Response<Answer> {
     let (status, reason) = match code {
         StatusCode::OK => ("Success", ""),
         StatusCode::NOT_FOUND => ("Failure", "NotFound"),
+        StatusCode::GONE => ("Failure", "Expired"),
         StatusCode::CONFLICT if message == EXISTS => ("Failure", "AlreadyExists"),
         StatusCode::CONFLICT => ("Failure", "Conflict"),
         _ => ("Failure", "InternalError"),

@@ -4,15 +4,19 @@
 //! to us: how long to wait after an error; a kind whose definition is missing, or comes, or goes;
 //! and that a watch which cannot even begin where the last one ended begins from nothing.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, fmt, io, sync::Arc, time::Duration};
 
-use futures_util::StreamExt;
+use futures_util::{
+    StreamExt,
+    stream::{self, BoxStream},
+};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::{
     Api, Client, ResourceExt,
     core::PartialObjectMeta,
     runtime::watcher::{self, Event, watcher},
 };
+use serde::de::DeserializeOwned;
 use tokio::{
     sync::{mpsc, watch},
     time::sleep,
@@ -24,6 +28,8 @@ use crate::state::objects::Kind;
 
 /// Objects of one answer. Their text is held at once, and a large cluster has tens of megabytes.
 const PAGE: u32 = 100;
+/// Of kinds whose objects anybody may make, and as large as they get.
+const SMALL_PAGE: u32 = 16;
 /// The API server ends a watch after this, and we ask it to go on.
 const WATCH_SECONDS: u32 = 120;
 const SHORTEST_PAUSE: Duration = Duration::from_millis(500);
@@ -85,8 +91,7 @@ pub(super) type Definitions = Option<BTreeSet<String>>;
 /// Watches which kinds are defined here.
 pub(super) async fn definitions(client: Client, known: watch::Sender<Definitions>) {
     let api: Api<PartialObjectMeta<CustomResourceDefinition>> = Api::all(client);
-    let mut events = watcher(api, config()).boxed();
-    let mut pause = Pause::default();
+    let mut events = endless(api, config());
     let (mut listed, mut told) = (BTreeSet::new(), false);
     while let Some(event) = events.next().await {
         match event {
@@ -95,7 +100,6 @@ pub(super) async fn definitions(client: Client, known: watch::Sender<Definitions
                 listed.insert(definition.name_any());
             }
             Ok(Event::InitDone) => {
-                pause.reset();
                 known.send_replace(Some(std::mem::take(&mut listed)));
             }
             Ok(Event::Apply(definition)) => known.send_modify(|known| {
@@ -110,7 +114,6 @@ pub(super) async fn definitions(client: Client, known: watch::Sender<Definitions
                     let error = sentence(&error);
                     warn!(%error, "the CustomResourceDefinitions cannot be watched");
                 }
-                sleep(pause.next()).await;
             }
         }
     }
@@ -227,6 +230,40 @@ async fn serving(
     Ok(None)
 }
 
+/// Watches without end, with a pause after each error. The library goes on by itself; where it
+/// would ask for the same again and again, all begins from nothing.
+pub(crate) fn endless<K>(
+    api: Api<K>,
+    only: watcher::Config,
+) -> BoxStream<'static, watcher::Result<Event<K>>>
+where
+    K: kube::Resource + Clone + DeserializeOwned + fmt::Debug + Send + 'static,
+{
+    let events = watcher(api.clone(), only.clone()).boxed();
+    let state = (events, Pause::default(), Duration::ZERO);
+    let next = move |(mut events, mut pause, wait): (BoxStream<'static, _>, Pause, Duration)| {
+        let (api, only) = (api.clone(), only.clone());
+        async move {
+            sleep(wait).await;
+            let event: watcher::Result<Event<K>> = events.next().await?;
+            let mut wait = Duration::ZERO;
+            match &event {
+                // No answer yet.
+                Ok(Event::Init) => {}
+                Ok(_) => pause.reset(),
+                Err(error) => {
+                    wait = pause.next();
+                    if is_expired(error) {
+                        events = watcher(api, only).boxed();
+                    }
+                }
+            }
+            Some((event, (events, pause, wait)))
+        }
+    };
+    stream::unfold(state, next).boxed()
+}
+
 /// Returns when the watch must begin from nothing.
 async fn watch_version(
     client: &Client,
@@ -292,10 +329,12 @@ fn cause(error: &watcher::Error) -> Option<&kube::Error> {
     }
 }
 
-/// Refused before it began: the library would ask for the same again and again.
+/// The watch itself was refused: the library would ask for the same again and again. A refusal that
+/// is the answer to the request comes to us as the failure of a watch that had begun.
 pub(crate) fn is_expired(error: &watcher::Error) -> bool {
     match error {
-        watcher::Error::WatchStartFailed(kube::Error::Api(status)) => status.code == 410,
+        watcher::Error::WatchStartFailed(kube::Error::Api(status))
+        | watcher::Error::WatchFailed(kube::Error::Api(status)) => status.code == 410,
         watcher::Error::NoResourceVersion => true,
         watcher::Error::InitialListFailed(_)
         | watcher::Error::WatchStartFailed(_)
@@ -309,7 +348,8 @@ pub(crate) fn is_relist(error: &watcher::Error) -> bool {
     match error {
         watcher::Error::WatchError(status) => status.code == 410,
         watcher::Error::InitialListFailed(kube::Error::Api(status))
-        | watcher::Error::WatchStartFailed(kube::Error::Api(status)) => status.code == 410,
+        | watcher::Error::WatchStartFailed(kube::Error::Api(status))
+        | watcher::Error::WatchFailed(kube::Error::Api(status)) => status.code == 410,
         watcher::Error::InitialListFailed(_)
         | watcher::Error::WatchStartFailed(_)
         | watcher::Error::WatchFailed(_)
@@ -341,6 +381,11 @@ pub(crate) fn config() -> watcher::Config {
     watcher::Config::default()
         .timeout(WATCH_SECONDS)
         .page_size(PAGE)
+}
+
+/// For kinds whose objects anybody may make.
+pub(crate) fn config_of_many() -> watcher::Config {
+    config().page_size(SMALL_PAGE)
 }
 
 /// Between tries: longer each time, and never the same on two nodes.

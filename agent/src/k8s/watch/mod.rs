@@ -38,7 +38,7 @@ use index::Index;
 
 pub use index::Fault;
 
-pub(crate) use follow::{Pause, config, is_expired, is_relist, sentence};
+pub(crate) use follow::{Pause, config, config_of_many, endless, is_relist, sentence};
 
 /// After the first change its companions are waited for.
 const GATHER: Duration = Duration::from_millis(50);

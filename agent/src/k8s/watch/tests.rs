@@ -307,6 +307,18 @@ async fn what_was_deleted_while_the_watch_was_forgotten_is_gone_after_the_list()
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_watch_that_is_refused_begins_from_nothing() {
+    let mut world = World::start(&cluster(), None);
+    world.ready().await;
+    world.api.refuse_old(PODS);
+    world.api.delete(PODS, "shop/b");
+    world
+        .until("the list", |mesh| !mesh.workloads.contains_key("uid-b"))
+        .await;
+    assert!(world.pod("uid-a").is_some());
+}
+
+#[tokio::test(start_paused = true)]
 async fn more_objects_than_fit_a_page_are_all_there() {
     let api = cluster();
     for number in 0..350 {
@@ -488,4 +500,19 @@ async fn a_pod_that_a_policy_of_the_cnis_selects_stays_outside() {
             mesh.workloads.values().all(|pod| pod.meshed)
         })
         .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn definitions_are_heard_of_after_a_watch_was_refused() {
+    let api = Api::default();
+    let (told, mut known) = watch::channel(None);
+    let following = tokio::spawn(follow::definitions(api.client(), told));
+    known.wait_for(Option::is_some).await.unwrap();
+    api.refuse_old("/apis/apiextensions.k8s.io/v1/customresourcedefinitions");
+    sleep(Duration::from_secs(15)).await;
+    api.define("servers", "policy.linkerd.io", "v1beta3");
+    sleep(Duration::from_secs(1)).await;
+    let name = "servers.policy.linkerd.io";
+    assert!(known.borrow().as_ref().unwrap().contains(name));
+    following.abort();
 }
