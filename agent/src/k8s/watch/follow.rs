@@ -23,7 +23,7 @@ use tokio::{
 };
 use tracing::{debug, info, warn};
 
-use super::super::{Seen, foreign::ForeignKind, resources::Resource};
+use super::super::{Seen, client::SILENT, foreign::ForeignKind, resources::Resource};
 use crate::state::objects::Kind;
 
 /// Objects of one answer. Their text is held at once, and a large cluster has tens of megabytes.
@@ -80,8 +80,9 @@ pub(super) enum Told {
     Absent,
     Failed {
         error: String,
-        /// It was not the API server that refused: it is away, or as good as.
-        away: bool,
+        /// It was not the API server that refused: it is away, or as good as. For so long already,
+        /// if that is known.
+        away: Option<Duration>,
     },
 }
 
@@ -164,7 +165,7 @@ pub(super) async fn follow(
                 }
                 Err(error) => {
                     let failed = Told::Failed {
-                        away: is_away(&error),
+                        away: is_away(&error).then(|| silence(&error)),
                         error: error.to_string(),
                     };
                     say(&tell, watched, failed).await;
@@ -292,7 +293,7 @@ async fn watch_version(
                 if !is_relist(&error) {
                     let failed = Told::Failed {
                         error: sentence(&error),
-                        away: cause(&error).is_none_or(is_away),
+                        away: cause(&error).is_none_or(is_away).then(|| silence(&error)),
                     };
                     say(tell, watched, failed).await;
                 }
@@ -318,6 +319,24 @@ fn is_away(error: &kube::Error) -> bool {
     } else {
         true
     }
+}
+
+/// How long nothing was heard before it was an error.
+fn silence(error: &(dyn std::error::Error + 'static)) -> Duration {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        let io = error.downcast_ref::<io::Error>();
+        if io.is_some_and(|io| io.kind() == io::ErrorKind::TimedOut) {
+            return SILENT;
+        }
+        // What such an error holds is not among its sources.
+        let held = io.and_then(io::Error::get_ref);
+        next = match held {
+            Some(held) => Some(held as &(dyn std::error::Error + 'static)),
+            None => error.source(),
+        };
+    }
+    Duration::ZERO
 }
 
 fn cause(error: &watcher::Error) -> Option<&kube::Error> {
@@ -405,5 +424,20 @@ impl Pause {
 
     pub(crate) fn reset(&mut self) {
         self.tries = 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_watch_that_fell_silent_was_away_for_as_long() {
+        let timed_out = io::Error::from(io::ErrorKind::TimedOut);
+        // As the client wraps what its connection says.
+        let read = |error| watcher::Error::WatchFailed(kube::Error::ReadEvents(error));
+        assert_eq!(silence(&read(io::Error::other(timed_out))), SILENT);
+        let reset = io::Error::from(io::ErrorKind::ConnectionReset);
+        assert_eq!(silence(&read(io::Error::other(reset))), Duration::ZERO);
     }
 }

@@ -118,19 +118,28 @@ pub async fn run(
     }
 }
 
-/// When the API server did not answer last, and since when.
+/// When the API server did not answer last, and since when. A watch that is cut notices at the end
+/// of an absence as often as at its beginning, so it may have begun with the last word of any watch.
 #[derive(Clone, Copy, Debug, Default)]
 struct Outage {
+    heard: Option<Instant>,
     seen: Option<(Instant, Instant)>,
     told: bool,
 }
 
 impl Outage {
-    fn failed(&mut self, now: Instant) {
+    fn heard(&mut self, now: Instant) {
+        self.heard = Some(now);
+    }
+
+    /// `silent`: nothing came on that connection for so long.
+    fn failed(&mut self, now: Instant, silent: Duration) {
+        let silent = now.checked_sub(silent).unwrap_or(now);
+        let since = self.heard.unwrap_or(now).min(silent);
         let first = match self.seen {
             // Watches try again at least so often.
-            Some((first, last)) if now - last < 3 * follow::LONGEST_PAUSE => first,
-            Some(_) | None => now,
+            Some((first, last)) if now - last < 3 * follow::LONGEST_PAUSE => first.min(silent),
+            Some(_) | None => since,
         };
         self.seen = Some((first, now));
     }
@@ -165,8 +174,8 @@ impl<F: FnOnce() + Send> Writer<F> {
     fn hear(&mut self, Message { watched, told }: Message) {
         let now = Instant::now();
         if let Told::Failed { error, away } = told {
-            if away {
-                self.outage.failed(now);
+            if let Some(silent) = away {
+                self.outage.failed(now, silent);
             }
             if !self.outage.told {
                 warn!(%error, kind = watched.resource().kind, "the API server does not answer as it \
@@ -176,8 +185,11 @@ impl<F: FnOnce() + Send> Writer<F> {
             return;
         }
         // A list that begins is no answer yet.
-        if !matches!(told, Told::Listing) && std::mem::take(&mut self.outage.told) {
-            info!("the API server answers again");
+        if !matches!(told, Told::Listing) {
+            self.outage.heard(now);
+            if std::mem::take(&mut self.outage.told) {
+                info!("the API server answers again");
+            }
         }
         let doubtful = self.outage.is_doubtful(now);
         let Some(index) = &mut self.index else { return };

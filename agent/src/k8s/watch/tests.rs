@@ -384,6 +384,37 @@ async fn endpoints_stay_ready_for_a_lease_after_the_api_server_was_away() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_absence_counts_from_the_last_word_before_it() {
+    for (quiet, held) in [(60, true), (0, false)] {
+        let mut world = World::start(&cluster(), None);
+        world.ready().await;
+        sleep(Duration::from_secs(60)).await;
+        world.api.put(NAMESPACES, namespace("seen", true));
+        sleep(Duration::from_secs(quiet)).await;
+        // For all that was heard it may have been away all that time.
+        world.api.set_away(true);
+        sleep(Duration::from_secs(2)).await;
+        world.api.set_away(false);
+        sleep(Duration::from_secs(2)).await;
+        world.api.put(SLICES, slice([false, false]));
+        sleep(Duration::from_secs(10)).await;
+        let ready = ready_endpoints(&world.objects.borrow());
+        assert_eq!(ready, [held, held], "after {quiet} quiet seconds");
+    }
+}
+
+#[test]
+fn a_connection_that_fell_silent_was_absent_for_as_long() {
+    let now = Instant::now() + Duration::from_secs(3600);
+    let mut outage = Outage::default();
+    outage.heard(now);
+    outage.failed(now, Duration::ZERO);
+    assert!(!outage.is_doubtful(now));
+    outage.failed(now, Duration::from_secs(150));
+    assert!(outage.is_doubtful(now));
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_endpoint_that_fails_while_the_api_server_is_there_is_not_held() {
     let mut world = World::start(&cluster(), None);
     world.ready().await;
