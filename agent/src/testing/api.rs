@@ -42,6 +42,8 @@ struct Inner {
     clock: Mutex<Option<Arc<dyn Clock>>>,
     /// Requests so far, as `VERB path`.
     log: Mutex<Vec<String>>,
+    /// What was listed, and how much at once.
+    pages: Mutex<Vec<(String, usize)>>,
 }
 
 #[derive(Default)]
@@ -160,6 +162,12 @@ impl Api {
         self.0.log.lock().clone()
     }
 
+    pub(crate) fn largest_page(&self, collection: &str) -> Option<usize> {
+        let pages = self.0.pages.lock();
+        let pages = pages.iter().filter(|(of, _)| of == collection);
+        pages.map(|(_, limit)| *limit).max()
+    }
+
     fn next(&self) -> u64 {
         self.0.version.fetch_add(1, Ordering::AcqRel) + 1
     }
@@ -247,6 +255,7 @@ impl Api {
         }
         let limit = query.get("limit").and_then(|limit| limit.parse().ok());
         let limit: usize = limit.unwrap_or(usize::MAX);
+        self.0.pages.lock().push((path.to_owned(), limit));
         let skip = query.get("continue").and_then(|at| at.parse().ok());
         let skip: usize = skip.unwrap_or_default();
         let all: Vec<_> = collection.objects.values().filter(passes).collect();

@@ -83,9 +83,9 @@ pub async fn run(
     let (tell, mut told) = mpsc::channel(feed::QUEUE);
     let mut feeds = JoinSet::new();
     let all = |of: &ApiResource| Api::<Seen>::all_with(client.clone(), of);
-    let ours = watches::config().fields(&format!("spec.signerName={SIGNER}"));
+    let ours = watches::config_of_many().fields(&format!("spec.signerName={SIGNER}"));
     // Pods that have ended would be most of them on a cluster that runs jobs.
-    let live = watches::config().fields("status.phase!=Succeeded,status.phase!=Failed");
+    let live = watches::config_of_many().fields("status.phase!=Succeeded,status.phase!=Failed");
     for (tag, kind, of, only) in [
         (
             Of::Requests,

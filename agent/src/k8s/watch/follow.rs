@@ -53,6 +53,28 @@ impl Watched {
         mesh.chain(ForeignKind::ALL.map(Self::Foreign))
     }
 
+    fn config(self) -> watcher::Config {
+        match self {
+            Self::Mesh(
+                Kind::Node
+                | Kind::Namespace
+                | Kind::Service
+                | Kind::EndpointSlice
+                | Kind::ServiceAccount,
+            ) => config(),
+            Self::Mesh(
+                Kind::Pod
+                | Kind::Server
+                | Kind::ServerAuthorization
+                | Kind::AuthorizationPolicy
+                | Kind::MeshTlsAuthentication
+                | Kind::NetworkAuthentication
+                | Kind::NetworkPolicy,
+            )
+            | Self::Foreign(_) => config_of_many(),
+        }
+    }
+
     pub(super) fn resource(self) -> Resource {
         match self {
             Self::Mesh(kind) => kind.resource(),
@@ -276,7 +298,7 @@ async fn watch_version(
     let resource = watched.resource().at(version);
     let api_version: Arc<str> = resource.api_version.as_str().into();
     let api = Api::<Seen>::all_with(client.clone(), &resource);
-    let mut events = watcher(api, config()).boxed();
+    let mut events = watcher(api, watched.config()).boxed();
     while let Some(event) = events.next().await {
         let told = match event {
             Ok(Event::Init) => Told::Listing,

@@ -328,6 +328,21 @@ async fn more_objects_than_fit_a_page_are_all_there() {
     let mut world = World::start(&api, None);
     world.ready().await;
     assert_eq!(world.store.load().workloads.len(), 352);
+    // Each may have megabytes.
+    assert_eq!(api.largest_page(PODS), Some(16));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_object_that_is_too_long_is_a_fault_and_keeps_its_last_state() {
+    let mut world = World::start(&cluster(), None);
+    world.ready().await;
+    let mut long = pod("a", "n1", "10.1.0.1");
+    long["metadata"]["annotations"] = json!({"x": "x".repeat(600_000)});
+    world.api.put(PODS, long);
+    let fault = world.faulty(true).await[0].clone();
+    assert_eq!((fault.kind, &*fault.name), ("Pod", "a"));
+    assert!(fault.message.contains("at most 524288 are read"), "{fault}");
+    assert!(world.pod("uid-a").is_some());
 }
 
 #[tokio::test(start_paused = true)]
