@@ -100,6 +100,7 @@ pub async fn run(
         built: Duration::ZERO,
         loaded: Some(loaded),
         has_before,
+        more_faults: 0,
         begun: Instant::now(),
         remind: Instant::now() + REMIND,
     };
@@ -166,6 +167,8 @@ struct Writer<F> {
     /// Until the first mesh.
     loaded: Option<F>,
     has_before: bool,
+    /// Faults beyond those that are named.
+    more_faults: usize,
     begun: Instant,
     remind: Instant,
 }
@@ -249,17 +252,20 @@ impl<F: FnOnce() + Send> Writer<F> {
             let mesh = Mesh::build(settings, version, index.objects());
             (index, mesh)
         });
-        let (index, mesh) = match building.await {
+        let (mut index, mesh) = match building.await {
             Ok(done) => done,
             Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
         };
         self.built = begun.elapsed();
 
-        let faults: Vec<_> = index.faults().cloned().collect();
-        let known = Arc::clone(&self.outputs.faults.borrow());
-        for fault in faults.iter().filter(|fault| !known.contains(fault)) {
+        for fault in index.take_new_faults() {
             warn!(%fault, "an object is not in force; what was good before stays");
         }
+        let more = index.more_faults();
+        if std::mem::replace(&mut self.more_faults, more) < more {
+            warn!(more, "and more objects are not in force than are named");
+        }
+        let faults: Vec<_> = index.faults().cloned().collect();
         let reported: BTreeSet<_> = self.store.load().problems.iter().cloned().collect();
         let new = |problem: &&crate::state::Problem| !reported.contains(problem);
         for problem in mesh.problems.iter().filter(new) {
