@@ -345,6 +345,7 @@ mod tests {
             uid: Arc::from(name),
             key: key(name),
             identity: identity(name),
+            mirror_of: None,
             node: None,
             local: true,
             ips: Vec::new(),

@@ -17,7 +17,7 @@ use picomesh::{
     cni::{
         intent::Intent,
         sandboxes::{Paths, Sandboxes},
-        server::{Patience, Pods, Server, Standing},
+        server::{Named, Patience, Pods, Server, Standing},
     },
     drain::Drain,
 };
@@ -80,6 +80,10 @@ impl Pods for Known {
     fn standing(&self, uid: &str) -> Standing {
         let known = self.0.lock().unwrap();
         known.get(uid).cloned().unwrap_or(Standing::Unknown)
+    }
+
+    fn named(&self, _namespace: &str, _name: &str) -> Option<Named> {
+        None
     }
 }
 

@@ -136,6 +136,7 @@ mod tests {
             ips: vec!["10.1.0.1".parse().unwrap()],
             host_network: false,
             service_account: Arc::from(account),
+            mirror_of: None,
             labels: Default::default(),
             words: Words {
                 skip_outbound: Some(vec![PortRange {

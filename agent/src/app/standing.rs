@@ -4,9 +4,9 @@
 use std::sync::Arc;
 
 use crate::{
-    cni::server::{Pods, Standing},
+    cni::server::{Named, Pods, Standing},
     datapath::{Capture, Datapath},
-    state::{Mesh, MeshStore},
+    state::{Mesh, MeshStore, ObjectKey},
 };
 
 pub struct Known {
@@ -18,6 +18,21 @@ impl Pods for Known {
     fn standing(&self, uid: &str) -> Standing {
         standing(&self.mesh.load(), uid, |uid| self.datapath.capture(uid))
     }
+
+    fn named(&self, namespace: &str, name: &str) -> Option<Named> {
+        named(&self.mesh.load(), namespace, name)
+    }
+}
+
+/// Two of one name: one of them is on its way out, and nothing tells which is meant.
+fn named(mesh: &Mesh, namespace: &str, name: &str) -> Option<Named> {
+    let called = |key: &ObjectKey| *key.namespace == *namespace && *key.name == *name;
+    let mut found = mesh.local.iter().filter(|workload| called(&workload.key));
+    let pod = found.next().filter(|_| found.next().is_none())?;
+    Some(Named {
+        uid: Arc::clone(&pod.uid),
+        mirror_of: pod.mirror_of.clone(),
+    })
 }
 
 fn standing(mesh: &Mesh, uid: &str, capture: impl FnOnce(&str) -> Option<Capture>) -> Standing {
@@ -61,5 +76,24 @@ mod tests {
             reason: reason.clone(),
         });
         assert_eq!(of("uid-in", not), Standing::Awaited { reason });
+    }
+    #[test]
+    fn a_pod_of_this_node_is_found_by_its_name() {
+        let mirror = "annotations: {kubernetes.io/config.mirror: 5e1f}";
+        let mesh = mesh(
+            &(meshed_namespace("shop", "")
+                + &pod("shop/static", "n1", &["10.0.0.1"], mirror)
+                + &pod("shop/in", "n1", &["10.0.0.2"], "")
+                + &pod("shop/far", "n2", &["10.0.0.3"], "")),
+        );
+        let found = |name| named(&mesh, "shop", name).map(|found| (found.uid, found.mirror_of));
+        let uid = |name: &str| Arc::<str>::from(name);
+        assert_eq!(found("in"), Some((uid("uid-in"), None)));
+        assert_eq!(
+            found("static"),
+            Some((uid("uid-static"), Some(uid("5e1f"))))
+        );
+        assert_eq!(found("far"), None);
+        assert_eq!(named(&mesh, "bank", "in"), None);
     }
 }

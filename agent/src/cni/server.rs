@@ -69,6 +69,17 @@ pub enum Standing {
 /// What the rest of the agent knows of pods. Asked every few milliseconds while somebody waits.
 pub trait Pods: Send + Sync + 'static {
     fn standing(&self, uid: &str) -> Standing;
+
+    /// The one pod of this node that is called so.
+    fn named(&self, namespace: &str, name: &str) -> Option<Named>;
+}
+
+/// A pod, found by its name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Named {
+    pub uid: Arc<str>,
+    /// It is the mirror of a static pod, which its runtime knows by this uid.
+    pub mirror_of: Option<Arc<str>>,
 }
 
 /// How long is waited for what. Together less than the plugin waits ([`super::plugin::Patience`]),
@@ -204,9 +215,14 @@ impl Call<'_> {
             Ok(question) => question,
             Err(refusal) => return Answer::unknown(refusal.to_string()),
         };
-        let Some(uid) = asked.uid.as_deref().filter(|uid| !uid.is_empty()) else {
-            return Answer::unknown("the runtime does not tell the pod's uid (K8S_POD_UID)");
+        let begun = Instant::now();
+        let Some(uid) = self.uid(&asked, begun).await else {
+            return Answer::unknown(
+                "the runtime does not tell the pod's uid (K8S_POD_UID), and no pod of that name is \
+                 known on this node",
+            );
         };
+        let uid = &*uid;
         let pod = format!("{}/{}", asked.namespace, asked.name);
         match asked.ask {
             Ask::Add => {
@@ -220,7 +236,7 @@ impl Call<'_> {
                 self.sandboxes
                     .add(uid, &asked.sandbox, netns.file, id, path);
                 tokio::select! {
-                    answer = self.settled(uid, id) => {
+                    answer = self.settled(&asked, uid, id, begun) => {
                         if let Answer::Refused { reason } = &answer {
                             info!(%pod, uid, reason, "a pod does not start");
                         }
@@ -234,7 +250,7 @@ impl Call<'_> {
                 self.sandboxes.remove(uid, &asked.sandbox);
                 Answer::NotMeshed
             }
-            Ask::Check => match self.pods.standing(uid) {
+            Ask::Check => match self.standing(&asked, uid) {
                 Standing::NotMeshed => Answer::NotMeshed,
                 Standing::Captured { .. } => Answer::Captured,
                 Standing::Unknown => Answer::unknown("the pod is not known"),
@@ -243,12 +259,41 @@ impl Call<'_> {
         }
     }
 
+    /// As the runtime tells it, or that of the pod of that name once there is one.
+    async fn uid(&self, asked: &Question, begun: Instant) -> Option<Arc<str>> {
+        if let Some(uid) = asked.uid.as_deref().filter(|uid| !uid.is_empty()) {
+            return Some(uid.into());
+        }
+        loop {
+            if let Some(pod) = self.pods.named(&asked.namespace, &asked.name) {
+                return Some(pod.uid);
+            }
+            // Only who starts may be new to us.
+            if asked.ask != Ask::Add || begun.elapsed() >= self.patience.known {
+                return None;
+            }
+            sleep(LOOK).await;
+        }
+    }
+
+    /// A static pod has a uid that nobody but its kubelet knows, and its mirror tells it.
+    fn standing(&self, asked: &Question, uid: &str) -> Standing {
+        let standing = self.pods.standing(uid);
+        let is_static = || {
+            let named = self.pods.named(&asked.namespace, &asked.name);
+            named.is_some_and(|pod| pod.mirror_of.as_deref() == Some(uid))
+        };
+        if standing == Standing::Unknown && is_static() {
+            return Standing::NotMeshed;
+        }
+        standing
+    }
+
     /// Waits until it is known what becomes of the pod.
-    async fn settled(&self, uid: &str, netns: NetnsId) -> Answer {
-        let begun = Instant::now();
+    async fn settled(&self, asked: &Question, uid: &str, netns: NetnsId, begun: Instant) -> Answer {
         loop {
             let waited = begun.elapsed();
-            match self.pods.standing(uid) {
+            match self.standing(asked, uid) {
                 Standing::NotMeshed => return Answer::NotMeshed,
                 Standing::Captured { netns: there } if there == netns.inode => {
                     return Answer::Captured;

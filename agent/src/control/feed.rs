@@ -1,8 +1,9 @@
 //! One kind, watched for one reader: what is there, what has changed, and nothing twice.
 //!
 //! `k8s/watch` serves the mesh, of which every kind is a part; controller and signer need three
-//! kinds at most, all of which every cluster has. Errors are survived here; whoever reads hears only
-//! of objects.
+//! kinds at most, all of which every cluster has. Errors are survived here. Whoever reads hears of
+//! objects, and when nothing can be heard: after an error everything is listed anew, because only
+//! the end of a list shows that nothing was missed. A watch that goes on says nothing.
 
 use futures_util::StreamExt;
 use kube::{
@@ -18,6 +19,8 @@ use crate::k8s::{Seen, watch};
 pub(super) const QUEUE: usize = 64;
 
 pub(super) enum Told {
+    /// What happens is not seen until the next list is complete.
+    Failed,
     /// A list begins: what it does not name is gone.
     Listing,
     Listed,
@@ -54,14 +57,11 @@ pub(super) async fn follow<T: Copy + Send>(
                             "cannot be watched; it is tried again"
                         );
                     }
-                    sleep(pause.next()).await;
-                    if tell.is_closed() {
+                    if tell.send((tag, Told::Failed)).await.is_err() {
                         return;
                     }
-                    if watch::is_expired(&error) {
-                        break;
-                    }
-                    continue;
+                    sleep(pause.next()).await;
+                    break;
                 }
             };
             if !matches!(told, Told::Listing) {

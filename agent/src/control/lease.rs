@@ -1,13 +1,14 @@
 //! One of several replicas acts: whoever holds the Lease.
 //!
-//! The holder writes it anew every [`RENEW`]. Who does not hold it looks as often, and takes it
-//! when it has not changed for [`LIFE`] *on the looker's own clock*: two machines' clocks are never
+//! The holder writes it anew every [`RENEW`]. Who does not hold it looks as often, and takes it the
+//! moment it has not changed for [`LIFE`] *on the looker's own clock*: two machines' clocks are never
 //! compared. A holder that has not managed to renew for [`GIVE_UP`], which is shorter, stops acting
 //! by itself, so that two never act for longer than one request takes; and what they write carries
 //! the version it was read at, so that even then one of them is refused.
 //!
-//! A lost holder is replaced [`LIFE`] and one look later at most: 15 seconds. One that ends in peace
-//! lets go and is replaced at the next look.
+//! What a holder wrote last is seen one look ([`RENEW`] and an answer) later at most, and [`LIFE`]
+//! after that it is replaced: within 15 seconds. One that ends in peace lets go and is replaced at
+//! the next look.
 
 use std::{sync::Arc, time::Duration};
 
@@ -26,9 +27,9 @@ use tokio::{
 };
 use tracing::{debug, info, warn};
 
-const LIFE: Duration = Duration::from_secs(12);
-const RENEW: Duration = Duration::from_secs(3);
-const GIVE_UP: Duration = Duration::from_secs(9);
+const LIFE: Duration = Duration::from_secs(10);
+const RENEW: Duration = Duration::from_secs(2);
+const GIVE_UP: Duration = Duration::from_secs(8);
 /// For one request. What takes longer counts as failed.
 const ANSWER: Duration = Duration::from_secs(3);
 
@@ -76,7 +77,9 @@ impl Election {
         let mut end = std::pin::pin!(end);
         let mut complained = false;
         loop {
-            match timeout(ANSWER, self.look()).await.unwrap_or_else(|late| {
+            // Whoever leads must not wait past the moment in which it stops.
+            let patience = self.leads_for().unwrap_or(ANSWER).min(ANSWER);
+            match timeout(patience, self.look()).await.unwrap_or_else(|late| {
                 let late = std::io::Error::new(std::io::ErrorKind::TimedOut, late);
                 Err(kube::Error::Service(late.into()))
             }) {
@@ -91,7 +94,7 @@ impl Election {
             self.judge();
             let pause = RENEW.mul_f64(0.8 + 0.2 * fastrand::f64());
             tokio::select! {
-                () = sleep(pause.min(self.left())) => self.judge(),
+                () = sleep(self.next_change().map_or(pause, |at| at.min(pause))) => self.judge(),
                 () = &mut end => break,
             }
         }
@@ -114,11 +117,17 @@ impl Election {
         });
     }
 
-    /// Until we no longer lead unless something happens.
-    fn left(&self) -> Duration {
-        let spent = self.seen.renewed.map(|at| at.elapsed());
-        let left = spent.map(|spent| GIVE_UP.saturating_sub(spent));
-        left.filter(|left| !left.is_zero()).unwrap_or(RENEW)
+    /// Until we no longer lead unless something happens. `None`: we do not lead.
+    fn leads_for(&self) -> Option<Duration> {
+        let spent = self.seen.renewed?.elapsed();
+        GIVE_UP.checked_sub(spent).filter(|left| !left.is_zero())
+    }
+
+    /// Until it becomes ours to lose, or to take.
+    fn next_change(&self) -> Option<Duration> {
+        let free = || LIFE.checked_sub(self.seen.changed.elapsed());
+        let next = self.leads_for().or_else(free);
+        next.filter(|left| !left.is_zero())
     }
 
     async fn look(&mut self) -> Result<(), kube::Error> {
@@ -269,20 +278,24 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_lost_leader_is_replaced_within_fifteen_seconds() {
-        let server = Server::default();
-        let mut first = Replica::start(&server, "first");
-        first.wins().await;
-        let mut second = Replica::start(&server, "second");
-        sleep(Duration::from_secs(60)).await;
-        assert!(!second.leads());
-        first.task.abort();
-        let took = second.wins().await;
-        assert!(took <= Duration::from_secs(15), "{took:?}");
-        assert!(
-            took >= Duration::from_secs(6),
-            "{took:?}: it may have lived"
-        );
-        assert!(holder(&server).starts_with("second_"));
+        // The worst of many: it depends on who looked when.
+        for round in 0..50 {
+            let server = Server::default();
+            let mut first = Replica::start(&server, "first");
+            first.wins().await;
+            let mut second = Replica::start(&server, "second");
+            sleep(Duration::from_secs(60) + RENEW * round / 50).await;
+            assert!(!second.leads());
+            first.task.abort();
+            let took = second.wins().await;
+            assert!(took <= Duration::from_secs(13), "{took:?}");
+            assert!(
+                took >= Duration::from_secs(6),
+                "{took:?}: it may have lived"
+            );
+            assert!(holder(&server).starts_with("second_"));
+            second.task.abort();
+        }
     }
 
     #[tokio::test(start_paused = true)]
@@ -307,7 +320,7 @@ mod tests {
         server.set_away(true);
         let begun = Instant::now();
         first.leading.wait_for(|leads| !*leads).await.unwrap();
-        assert!(begun.elapsed() <= LIFE, "{:?}", begun.elapsed());
+        assert!(begun.elapsed() <= GIVE_UP, "{:?}", begun.elapsed());
         assert!(begun.elapsed() >= GIVE_UP - RENEW, "{:?}", begun.elapsed());
         // It is its own still when the API server is back.
         server.set_away(false);

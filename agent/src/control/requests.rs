@@ -2,6 +2,9 @@
 //!
 //! The request carries the identity for whoever decides; who asks and from which node the API
 //! server writes beside it, out of the agent's own token.
+//!
+//! Its name is made of what it asks for. Who has not heard the answer, or not even that the request
+//! was made, asks the same again, and looks at the one that is there.
 
 use std::{future::Future, pin::Pin, sync::Arc, time::Duration};
 
@@ -9,14 +12,14 @@ use k8s_openapi::{
     ByteString,
     api::certificates::v1::{CertificateSigningRequest, CertificateSigningRequestSpec},
 };
-use kube::{Api, Client, ResourceExt, api::ObjectMeta, api::PostParams};
+use kube::{Api, Client, api::ObjectMeta, api::PostParams};
 use rustls::pki_types::{CertificateDer, pem::PemObject};
 use tokio::{sync::watch, time::sleep};
 use tracing::debug;
 
-use super::{SIGNER, TRUST_ROOTS};
+use super::{SIGNER, TRUST_ROOTS, ask::Reason};
 use crate::{
-    identity::{Bundle, SignError, Signed, Signer},
+    identity::{Bundle, SignError, Signed, Signer, authority::fingerprint},
     state::Identity,
 };
 
@@ -24,6 +27,8 @@ use crate::{
 const SHORTEST_LIFE: Duration = Duration::from_secs(600);
 const FIRST_LOOK: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// Denied for what the controller has not seen, which it may see in a moment.
+const PASSING: [Reason; 2] = [Reason::NotOnNode, Reason::UnknownAgent];
 /// Ours have one leaf and one issuer.
 const MAX_CHAIN: usize = 8;
 
@@ -52,9 +57,10 @@ impl ClusterSigner {
                  signer makes it"
             )));
         }
+        let name = name_of(&csr);
         let request = CertificateSigningRequest {
             metadata: ObjectMeta {
-                generate_name: Some("picomesh-".into()),
+                name: Some(name.clone()),
                 ..ObjectMeta::default()
             },
             spec: CertificateSigningRequestSpec {
@@ -70,13 +76,15 @@ impl ClusterSigner {
             },
             status: None,
         };
-        let unavailable =
-            |doing| move |error: kube::Error| SignError::Unavailable(format!("{doing}: {error}"));
-        let params = PostParams::default();
-        let made = self.requests.create(&params, &request).await;
-        let made = made.map_err(unavailable("making a CertificateSigningRequest"))?;
-        let name = made.name_any();
-        debug!(%identity, request = name, "a certificate is asked for");
+        let unanswered =
+            |doing| move |error: kube::Error| SignError::Unanswered(format!("{doing}: {error}"));
+        match self.requests.create(&PostParams::default(), &request).await {
+            Ok(_) => debug!(%identity, request = name, "a certificate is asked for"),
+            Err(kube::Error::Api(status)) if status.code == 409 => {
+                debug!(%identity, request = name, "a certificate has been asked for");
+            }
+            Err(error) => return Err(unanswered("making a CertificateSigningRequest")(error)),
+        }
 
         // Whoever waits for us gives up by dropping this.
         let mut pause = FIRST_LOOK;
@@ -87,7 +95,7 @@ impl ClusterSigner {
                 .requests
                 .get_opt(&name)
                 .await
-                .map_err(unavailable("reading the CertificateSigningRequest"))?;
+                .map_err(unanswered("reading the CertificateSigningRequest"))?;
             let Some(now) = now else {
                 return Err(SignError::Unavailable(format!(
                     "the CertificateSigningRequest {name} was deleted before it was answered"
@@ -133,9 +141,14 @@ fn answer(
         };
         match condition.type_.as_str() {
             "Denied" => {
-                return Some(Err(SignError::Refused {
-                    identity: identity.clone(),
-                    reason: said(),
+                let reason = condition.reason.as_deref().unwrap_or_default();
+                return Some(Err(if PASSING.iter().any(|own| own.as_str() == reason) {
+                    SignError::Unavailable(said())
+                } else {
+                    SignError::Refused {
+                        identity: identity.clone(),
+                        reason: said(),
+                    }
                 }));
             }
             "Failed" => return Some(Err(SignError::Unavailable(said()))),
@@ -157,6 +170,11 @@ fn answer(
             "{name}: status.certificate is not PEM: {error}"
         ))),
     })
+}
+
+/// Nobody else has this key, so nobody else has this name.
+fn name_of(csr: &[u8]) -> String {
+    format!("picomesh-{}", fingerprint(csr))
 }
 
 fn pem(csr: &[u8]) -> Vec<u8> {

@@ -7,13 +7,9 @@ use std::sync::Arc;
 
 use futures_util::StreamExt;
 use k8s_openapi::api::core::v1::ConfigMap;
-use kube::{
-    Api, Client,
-    core::ApiResource,
-    runtime::watcher::{Event, watcher},
-};
+use kube::{Api, Client, core::ApiResource, runtime::watcher::Event};
 use rustls::pki_types::{CertificateDer, pem::PemObject};
-use tokio::{sync::watch, time::sleep};
+use tokio::sync::watch;
 use tracing::{info, warn};
 
 use super::{TRUST_ROOTS, TRUST_ROOTS_KEY};
@@ -30,8 +26,7 @@ pub async fn follow(client: Client, namespace: String, told: watch::Sender<Arc<B
     let maps =
         Api::<Seen>::namespaced_with(client, &namespace, &ApiResource::erase::<ConfigMap>(&()));
     let only = watches::config().fields(&format!("metadata.name={TRUST_ROOTS}"));
-    let mut events = watcher(maps, only).boxed();
-    let mut pause = watches::Pause::default();
+    let mut events = watches::endless(maps, only);
     let mut listed = false;
     let mut complained = false;
     while let Some(event) = events.next().await {
@@ -42,11 +37,9 @@ pub async fn follow(client: Client, namespace: String, told: watch::Sender<Arc<B
             Ok(Event::Init) => listed = false,
             Ok(Event::InitApply(seen) | Event::Apply(seen)) => {
                 listed = true;
-                pause.reset();
                 take(&seen, &namespace, &told);
             }
             Ok(Event::InitDone) => {
-                pause.reset();
                 if !listed {
                     warn!(
                         namespace,
@@ -65,7 +58,6 @@ pub async fn follow(client: Client, namespace: String, told: watch::Sender<Arc<B
                 if !std::mem::replace(&mut complained, true) {
                     warn!(%error, namespace, "the ConfigMap {TRUST_ROOTS} cannot be watched");
                 }
-                sleep(pause.next()).await;
                 continue;
             }
         }

@@ -81,10 +81,16 @@ async fn a_request_says_what_is_wanted_and_the_certificate_is_taken() {
 
 #[tokio::test(start_paused = true)]
 async fn a_denial_is_told_with_its_reason_and_a_failure_may_pass() {
-    let condition = |kind: &str| {
-        json!({"conditions": [{"type": kind, "status": "True", "reason": "NotHere",
+    let with = |kind: &str, reason: &str| {
+        json!({"conditions": [{"type": kind, "status": "True", "reason": reason,
                                "message": "no pod of shop/web runs on n1"}]})
     };
+    let condition = |kind: &str| with(kind, "NotHere");
+    // What a watch may not have shown to the controller is asked again in seconds.
+    for reason in ["NotOnNode", "UnknownAgent"] {
+        let (signed, _) = asked(|| with("Denied", reason)).await;
+        assert!(matches!(signed.unwrap_err(), SignError::Unavailable(_)));
+    }
     let (signed, _) = asked(|| condition("Denied")).await;
     let error = signed.unwrap_err();
     assert!(matches!(error, SignError::Refused { .. }), "{error}");
@@ -96,6 +102,43 @@ async fn a_denial_is_told_with_its_reason_and_a_failure_may_pass() {
     );
     let (signed, _) = asked(|| condition("Failed")).await;
     assert!(matches!(signed.unwrap_err(), SignError::Unavailable(_)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_asks_the_same_again_goes_on_with_the_same_request() {
+    let api = Api::default();
+    let signer = ClusterSigner::new(api.client(), Duration::from_secs(86_400), anchors());
+    let (one, other) = (
+        csr::Request::new(&identity()).unwrap().der,
+        csr::Request::new(&identity()).unwrap().der,
+    );
+    let of = identity();
+    let asked = |csr: &Vec<u8>| {
+        let asking = signer.sign(&of, csr.clone());
+        tokio::time::timeout(Duration::from_secs(30), asking)
+    };
+    for _ in 0..3 {
+        assert!(asked(&one).await.is_err());
+        api.set_away(true);
+        let away = asked(&one).await.unwrap().unwrap_err();
+        assert!(matches!(away, SignError::Unanswered(_)), "{away}");
+        api.set_away(false);
+    }
+    let names = || -> Vec<_> {
+        let all = api.all(REQUESTS).into_iter();
+        all.map(|request| request["metadata"]["name"].clone())
+            .collect()
+    };
+    let first = names();
+    assert_eq!(first.len(), 1);
+    assert!(asked(&other).await.is_err());
+    assert_eq!(names().len(), 2, "another key is another request");
+
+    // Gone: the next try makes it anew.
+    let name = first[0].as_str().unwrap();
+    api.delete(REQUESTS, &format!("/{name}"));
+    assert!(asked(&one).await.is_err());
+    assert_eq!(names().len(), 2);
 }
 
 #[tokio::test(start_paused = true)]
@@ -173,6 +216,15 @@ async fn trust_anchors_are_followed_and_never_lost() {
         .wait_for(|bundle| bundle.anchors.len() == 1)
         .await
         .unwrap();
+
+    // The API server has forgotten what we knew last, and answers the watch itself so.
+    sleep(Duration::from_secs(5)).await;
+    api.refuse_old(MAPS);
+    sleep(Duration::from_secs(15)).await;
+    api.put(MAPS, map(&format!("{old}{new}")));
+    let both = bundle.wait_for(|bundle| bundle.anchors.len() == 2);
+    let both = tokio::time::timeout(Duration::from_secs(1), both).await;
+    both.expect("within a second").unwrap();
     following.abort();
 }
 

@@ -132,6 +132,7 @@ impl Identities {
             sign_timeout: settings.sign_timeout,
             schedule: Schedule::default(),
             asking: JoinSet::new(),
+            open: HashMap::new(),
             asked: HashMap::new(),
             expired: BTreeSet::new(),
             tls: tls.clone(),
@@ -417,7 +418,9 @@ struct Driver {
     bundle: Option<watch::Receiver<Arc<Bundle>>>,
     sign_timeout: Duration,
     schedule: Schedule,
-    asking: JoinSet<Result<Answer, SignError>>,
+    asking: JoinSet<Result<Answer, Failed>>,
+    /// Requests that nobody has answered yet, for the next try.
+    open: HashMap<Identity, Request>,
     /// Whose request a task is, also if it panics.
     asked: HashMap<task::Id, Identity>,
     /// Whose end has been told already.
@@ -433,6 +436,12 @@ struct Driver {
 struct Answer {
     request: Request,
     signed: Signed,
+}
+
+struct Failed {
+    error: SignError,
+    /// It is not answered, so the next try goes on with it.
+    open: Option<Box<Request>>,
 }
 
 /// A key, and what is said to be its certificate.
@@ -477,29 +486,36 @@ impl Driver {
     fn ask_for_due(&mut self, now: Now) {
         let room = ASKING.saturating_sub(self.asking.len());
         for identity in self.schedule.take_due(room, now) {
-            let task = ask(self.signer.clone(), identity.clone(), self.sign_timeout);
+            let open = self.open.remove(&identity);
+            let task = ask(
+                self.signer.clone(),
+                identity.clone(),
+                open,
+                self.sign_timeout,
+            );
             let id = self.asking.spawn(task).id();
             self.asked.insert(id, identity);
         }
     }
 
-    fn take_answer(
-        &mut self,
-        done: Result<(task::Id, Result<Answer, SignError>), task::JoinError>,
-    ) {
+    fn take_answer(&mut self, done: Result<(task::Id, Result<Answer, Failed>), task::JoinError>) {
         let (id, answer) = match done {
             Ok((id, answer)) => (id, answer),
-            Err(error) => (
-                error.id(),
-                Err(SignError::Unavailable(format!(
-                    "the request ended: {error}"
-                ))),
-            ),
+            Err(error) => {
+                let ended = format!("the request ended: {error}");
+                (error.id(), Err(SignError::Unavailable(ended).into()))
+            }
         };
         let Some(identity) = self.asked.remove(&id) else {
             return;
         };
         let (now, chance) = (self.now(), chance());
+        let answer = answer.map_err(|Failed { error, open }| {
+            if let Some(open) = open.filter(|_| self.schedule.knows(&identity)) {
+                self.open.insert(identity.clone(), *open);
+            }
+            error
+        });
         let pair = answer.map(|Answer { request, signed }| Pair {
             chain: signed.chain,
             key: request.key,
@@ -638,6 +654,7 @@ impl Driver {
     fn forget_gone(&mut self, now: Now) {
         for identity in self.schedule.take_gone(now) {
             self.expired.remove(&identity);
+            self.open.remove(&identity);
             let table = self.table.load().replace(&identity, None);
             self.publish(table);
         }
@@ -673,16 +690,37 @@ impl Driver {
 async fn ask(
     signer: Arc<dyn Signer>,
     identity: Identity,
+    open: Option<Request>,
     within: Duration,
-) -> Result<Answer, SignError> {
-    let request =
-        Request::new(&identity).map_err(|error| SignError::Unavailable(error.to_string()))?;
-    let signed = tokio::time::timeout(within, signer.sign(&identity, request.der.clone()))
-        .await
-        .map_err(|_elapsed| {
-            SignError::Unavailable(format!("no answer within {} s", within.as_secs()))
-        })??;
-    Ok(Answer { request, signed })
+) -> Result<Answer, Failed> {
+    let request = match open {
+        Some(open) => open,
+        None => {
+            Request::new(&identity).map_err(|error| SignError::Unavailable(error.to_string()))?
+        }
+    };
+    let signing = signer.sign(&identity, request.der.clone());
+    let signed = tokio::time::timeout(within, signing).await;
+    let late = |_elapsed| {
+        let seconds = within.as_secs();
+        Err(SignError::Unanswered(format!(
+            "no answer within {seconds} s"
+        )))
+    };
+    match signed.unwrap_or_else(late) {
+        Ok(signed) => Ok(Answer { request, signed }),
+        Err(error @ SignError::Unanswered(_)) => Err(Failed {
+            error,
+            open: Some(Box::new(request)),
+        }),
+        Err(error @ (SignError::Unavailable(_) | SignError::Refused { .. })) => Err(error.into()),
+    }
+}
+
+impl From<SignError> for Failed {
+    fn from(error: SignError) -> Self {
+        Self { error, open: None }
+    }
 }
 
 /// Of what was left behind; its public key comes from the key itself.

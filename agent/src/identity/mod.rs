@@ -42,7 +42,8 @@ pub struct Signed {
 
 /// Turns a certificate signing request into a certificate.
 pub trait Signer: Send + Sync + 'static {
-    /// `csr` is DER, made by [`csr`]; the signer believes only its public key and decides the rest.
+    /// The same `csr` may come again, after [`SignError::Unanswered`] or when nobody waited any
+    /// longer; then it is the same request. It is DER, made by [`csr`]; the signer believes only its public key and decides the rest.
     fn sign<'a>(
         &'a self,
         identity: &'a Identity,
@@ -58,6 +59,9 @@ pub enum SignError {
     /// Asking again later may help.
     #[error("the signer cannot sign now: {0}")]
     Unavailable(String),
+    /// It may be answered yet: asking the same again goes on with it.
+    #[error("no certificate yet: {0}")]
+    Unanswered(String),
     /// Asking again will not help.
     #[error("the signer refused the request for {identity}: {reason}")]
     Refused { identity: Identity, reason: String },

@@ -22,6 +22,8 @@ use super::{CertificateStatus, Wanted};
 pub(super) const LINGER: Duration = Duration::from_secs(60);
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 const LAST_RETRY: Duration = Duration::from_secs(60);
+/// A certificate that is valid still is tried to be renewed so often, at least, in what is left.
+const TRIES: u32 = 16;
 /// A refusal may end when somebody changes the signer's mind, but not within seconds.
 const REFUSED_RETRY: Duration = Duration::from_secs(300);
 /// When an anchor goes, all certificates under it are renewed within this time.
@@ -138,8 +140,13 @@ impl Schedule {
         true
     }
 
+    pub(super) fn knows(&self, identity: &Identity) -> bool {
+        self.entries.contains_key(identity)
+    }
+
     /// None came. The next try is twice as far away as the last one was, a fifth more or less as
-    /// `chance` (-1 to 1) says; a certificate in hand serves on.
+    /// `chance` (-1 to 1) says. A certificate in hand serves on, and the more of its life is left
+    /// the longer the tries may be apart: an outage shall not end in a pile of requests.
     pub(super) fn failed(
         &mut self,
         identity: &Identity,
@@ -154,9 +161,9 @@ impl Schedule {
         let wait = if refused {
             REFUSED_RETRY
         } else {
-            FIRST_RETRY
-                .saturating_mul(1_u32 << entry.failures.min(16))
-                .min(LAST_RETRY)
+            let longest = LAST_RETRY.max(entry.left(now.wall) / TRIES);
+            let wait = FIRST_RETRY.saturating_mul(1_u32 << entry.failures.min(16));
+            wait.min(longest)
         };
         entry.asking = false;
         entry.failures = entry.failures.saturating_add(1);
@@ -244,6 +251,14 @@ impl Entry {
             .duration_since(now.wall)
             .ok()
             .filter(|left| !left.is_zero())
+    }
+
+    /// Of the certificate in hand.
+    fn left(&self, wall: SystemTime) -> Duration {
+        let held = self.held.as_ref().map(|held| &held.validity);
+        let held = held.filter(|validity| validity.holds(wall));
+        let left = held.and_then(|validity| validity.not_after.duration_since(wall).ok());
+        left.unwrap_or_default()
     }
 
     fn usable(&self, wall: SystemTime) -> bool {

@@ -130,6 +130,8 @@ pub(super) struct TestSigner {
     pub(super) mood: Mutex<Mood>,
     pub(super) bundle: watch::Sender<Arc<Bundle>>,
     pub(super) asked: Mutex<Vec<(Identity, tokio::time::Instant)>>,
+    /// Of each call, in the same order.
+    pub(super) requests: Mutex<Vec<Vec<u8>>>,
     pub(super) most_at_once: AtomicUsize,
     at_once: AtomicUsize,
     clock: Arc<TestClock>,
@@ -143,6 +145,7 @@ impl TestSigner {
             ca: Mutex::new(ca),
             mood: Mutex::new(Mood::Sign),
             asked: Mutex::default(),
+            requests: Mutex::default(),
             most_at_once: AtomicUsize::new(0),
             at_once: AtomicUsize::new(0),
             clock,
@@ -194,6 +197,7 @@ impl Signer for TestSigner {
         Box::pin(async move {
             let at = (identity.clone(), tokio::time::Instant::now());
             self.asked.lock().push(at);
+            self.requests.lock().push(csr.clone());
             let open = self.at_once.fetch_add(1, Ordering::SeqCst) + 1;
             self.most_at_once.fetch_max(open, Ordering::SeqCst);
             tokio::task::yield_now().await;

@@ -22,7 +22,7 @@ use tower::{BoxError, ServiceBuilder};
 const CONNECT: Duration = Duration::from_secs(5);
 const ALIVE: Duration = Duration::from_secs(10);
 /// Nothing at all within this: not a watch either, which says something every minute.
-const SILENT: Duration = Duration::from_secs(150);
+pub(super) const SILENT: Duration = Duration::from_secs(150);
 
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {

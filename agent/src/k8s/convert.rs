@@ -27,6 +27,9 @@ use super::{
 
 /// The label that ties a slice to its Service.
 const SERVICE_NAME: &str = "kubernetes.io/service-name";
+/// On the mirror of a static pod, with the uid of that one. No kubelet runs a pod that has it, and
+/// the API server lets nobody add or change it later.
+const MIRROR: &str = "kubernetes.io/config.mirror";
 /// Kubernetes' default for sessionAffinityConfig.clientIP.timeoutSeconds: three hours.
 const AFFINITY_SECONDS: u32 = 10_800;
 
@@ -142,7 +145,8 @@ impl Converter {
         let ready = conditions
             .iter()
             .any(|c| c.type_ == "Ready" && c.status == "True");
-        let account = spec.service_account_name.filter(|name| !name.is_empty());
+        let annotations = pod.metadata.annotations.as_ref();
+        let mirror_of = annotations.and_then(|annotations| annotations.get(MIRROR));
         Ok(Pod {
             key,
             uid: uid.into(),
@@ -152,7 +156,10 @@ impl Converter {
                 .map(Arc::from),
             ips,
             host_network: spec.host_network.unwrap_or(false),
-            service_account: account.map_or_else(|| Arc::from("default"), Arc::from),
+            // No default: the API server gives one to every pod but to mirrors, which a kubelet may
+            // make in any namespace.
+            service_account: spec.service_account_name.unwrap_or_default().into(),
+            mirror_of: mirror_of.map(|uid| Arc::from(uid.as_str())),
             words,
             ports,
             ready,

@@ -148,13 +148,14 @@ async fn write(
     }
 }
 
-/// What was said, and when.
+/// What was said, by its hash, and when. The texts are others' and may be long.
 #[derive(Default)]
-struct Said(HashMap<Warning, Instant>);
+struct Said(HashMap<u64, Instant>);
 
 impl Said {
     fn is_new(&mut self, warning: &Warning, now: Instant) -> bool {
-        if self.0.get(warning).is_some_and(|said| now - *said < AGAIN) {
+        let hash = hash_of(warning);
+        if self.0.get(&hash).is_some_and(|said| now - *said < AGAIN) {
             return false;
         }
         if self.0.len() >= REMEMBERED {
@@ -162,17 +163,23 @@ impl Said {
         }
         if self.0.len() >= REMEMBERED {
             let oldest = self.0.iter().min_by_key(|(_, said)| **said);
-            if let Some(oldest) = oldest.map(|(warning, _)| warning.clone()) {
+            if let Some(oldest) = oldest.map(|(hash, _)| *hash) {
                 self.0.remove(&oldest);
             }
         }
-        self.0.insert(warning.clone(), now);
+        self.0.insert(hash, now);
         true
     }
 
     fn forget(&mut self, warning: &Warning) {
-        self.0.remove(warning);
+        self.0.remove(&hash_of(warning));
     }
+}
+
+fn hash_of(warning: &Warning) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    warning.hash(&mut hasher);
+    hasher.finish()
 }
 
 fn event(component: Component, warning: &Warning, instance: &str, now: Timestamp) -> Event {

@@ -13,11 +13,22 @@ use serde_json::value::RawValue;
 
 use super::FieldError;
 
+/// An object may have a megabyte and a half, many come at once, and whoever may write a pod writes
+/// as much of it. Ours have some kilobytes, and all annotations together at most 256.
+const MAX_TEXT: usize = 512 * 1024;
+
 #[derive(Clone, Debug)]
 pub struct Seen {
     /// Name, namespace, uid, resource version; nothing else.
     metadata: ObjectMeta,
-    text: Box<RawValue>,
+    text: Text,
+}
+
+#[derive(Clone, Debug)]
+enum Text {
+    Kept(Box<RawValue>),
+    /// Longer than [`MAX_TEXT`]: so many bytes.
+    Dropped(usize),
 }
 
 /// All of it may be missing as far as this is concerned: it is the conversion that judges.
@@ -62,14 +73,18 @@ impl Seen {
     /// Through an erased deserializer: otherwise the compiler makes a parser for every type that a
     /// Pod can contain, once more for this source.
     pub fn parse<T: DeserializeOwned>(&self) -> Result<T, FieldError> {
-        let mut json = serde_json::Deserializer::from_str(self.text.get());
+        let text = match &self.text {
+            Text::Kept(text) => text.get(),
+            Text::Dropped(length) => {
+                let problem = format!("is {length} bytes long, at most {MAX_TEXT} are read");
+                return Err(FieldError::misfit("the object".into(), problem));
+            }
+        };
+        let mut json = serde_json::Deserializer::from_str(text);
         let mut erased = <dyn erased_serde::Deserializer<'_>>::erase(&mut json);
         let erased: &mut dyn erased_serde::Deserializer<'_> = &mut erased;
-        serde_path_to_error::deserialize(erased).map_err(|error| FieldError {
-            field: error.path().to_string(),
-            value: String::new(),
-            problem: error.into_inner().to_string(),
-            remedy: "correct it, or delete the object".into(),
+        serde_path_to_error::deserialize(erased).map_err(|error| {
+            FieldError::misfit(error.path().to_string(), error.into_inner().to_string())
         })
     }
 }
@@ -84,6 +99,12 @@ impl<'de> Deserialize<'de> for Seen {
             uid: head.uid,
             resource_version: head.resource_version,
             ..ObjectMeta::default()
+        };
+        let length = text.get().len();
+        let text = if length > MAX_TEXT {
+            Text::Dropped(length)
+        } else {
+            Text::Kept(text)
         };
         Ok(Self { metadata, text })
     }
@@ -153,6 +174,28 @@ mod tests {
             panic!("{event:?}")
         };
         assert_eq!(seen.name(), "a");
-        assert!(seen.text.get().contains("[1]"));
+        assert_eq!(seen.parse::<serde_json::Value>().unwrap()["x"][0], 1);
+    }
+
+    #[test]
+    fn of_an_object_that_is_too_long_only_its_name_is_kept() {
+        let text = |length| {
+            let filler = "x".repeat(length);
+            format!(r#"{{"metadata": {{"name": "a", "annotations": {{"x": "{filler}"}}}}}}"#)
+        };
+        let fits: Seen = serde_json::from_str(&text(MAX_TEXT - 100)).unwrap();
+        assert!(fits.parse::<Pod>().is_ok());
+        let long: Seen = serde_json::from_str(&text(MAX_TEXT)).unwrap();
+        assert_eq!(long.name(), "a");
+        let error = long.parse::<Pod>().unwrap_err().to_string();
+        assert!(error.contains("at most 524288 are read"), "{error}");
+    }
+
+    #[test]
+    fn what_the_parser_says_of_a_text_is_bounded() {
+        let text = format!(r#"{{"metadata": {{}}, "spec": "{}"}}"#, "x".repeat(100_000));
+        let seen: Seen = serde_json::from_str(&text).unwrap();
+        let error = seen.parse::<Pod>().unwrap_err().to_string();
+        assert!(error.len() < 1000, "{} bytes", error.len());
     }
 }

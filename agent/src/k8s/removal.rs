@@ -14,10 +14,10 @@ use k8s_openapi::{
 use kube::{
     Api, Client,
     core::ApiResource,
-    runtime::watcher::{self, Event, watcher},
+    runtime::watcher::{self, Event},
 };
 use serde::Deserialize;
-use tokio::{sync::watch, time::sleep};
+use tokio::sync::watch;
 use tracing::{debug, info};
 
 use super::{Seen, watch as watches};
@@ -59,25 +59,18 @@ pub async fn follow(client: Client, namespace: String, leaving: watch::Sender<bo
 /// One object by its name.
 async fn one(api: Api<Seen>, name: &str, goes: &watch::Sender<bool>) {
     let only = watches::config().fields(&format!("metadata.name={name}"));
-    let mut events = watcher(api, only).boxed();
-    let mut pause = watches::Pause::default();
+    let mut events = watches::endless(api, only);
     let mut life = Life::default();
     while let Some(event) = events.next().await {
         match event {
             Ok(event) => {
-                if !matches!(event, Event::Init) {
-                    pause.reset();
-                }
                 let (before, after) = (life.goes(), life.hear(&event));
                 if before != after {
                     info!(name, leaving = after, "seen in the API server");
                     goes.send_replace(after);
                 }
             }
-            Err(error) => {
-                debug!(name, %error, "watching for its deletion");
-                sleep(pause.next()).await;
-            }
+            Err(error) => debug!(name, %error, "watching for its deletion"),
         }
     }
 }
@@ -145,6 +138,7 @@ mod tests {
     use std::time::Duration;
 
     use serde_json::json;
+    use tokio::time::sleep;
 
     use super::*;
     use crate::testing::api::Api as Server;
@@ -169,6 +163,10 @@ mod tests {
         server.set_away(true);
         sleep(Duration::from_secs(60)).await;
         server.set_away(false);
+        sleep(Duration::from_secs(15)).await;
+        assert!(!*leaving.borrow());
+        // It may have forgotten what we knew last, and answer the watch itself so.
+        server.refuse_old(SETS);
         sleep(Duration::from_secs(15)).await;
         assert!(!*leaving.borrow());
 

@@ -358,6 +358,11 @@ fn complete(pod: &mut core::Pod, converter: &Converter) -> Result<Option<PathBuf
         return Err(FieldError::missing("spec.nodeName", remedy));
     }
 
+    let account = spec.service_account_name.get_or_insert_default();
+    if account.is_empty() {
+        "default".clone_into(account);
+    }
+
     if pod.metadata.uid.as_deref().is_none_or(str::is_empty) {
         pod.metadata.uid = Some(converter.derived_uid(&pod.metadata, netns.as_deref()));
     }

@@ -13,6 +13,7 @@ fn workload(name: &str, deployment: &str) -> Arc<Workload> {
     Arc::new(Workload {
         uid: Arc::from(format!("uid-{name}")),
         identity: identity(deployment),
+        mirror_of: None,
         node: Some(Arc::from("n1")),
         local: true,
         ips: vec![IpAddr::from([10, 1, 0, 1])],

@@ -3,7 +3,8 @@
 //! **Meshed or not** is decided here and nowhere else, by desired state: what the pod says, else
 //! what its namespace says, else no. Never meshed, also when labelled: pods that share the node's
 //! network, and everything in `kube-system` and `picomesh-system`. DNS, the CNI and we ourselves
-//! must work while the mesh does not; a label there is reported as a problem.
+//! must work while the mesh does not; a label there is reported as a problem. Nor are static pods
+//! ever meshed: a kubelet may make their mirrors in every namespace, so they prove no account.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -34,6 +35,8 @@ pub struct Workload {
     pub uid: PodUid,
     pub key: ObjectKey,
     pub identity: Identity,
+    /// As with the pod: the uid by which its kubelet knows it.
+    pub mirror_of: Option<Arc<str>>,
     pub node: Option<Arc<str>>,
     /// It runs on this agent's node.
     pub local: bool,
@@ -64,6 +67,8 @@ pub struct Mesh {
     /// Counts the builds of this process, from 1.
     pub version: u64,
     pub workloads: HashMap<PodUid, Arc<Workload>>,
+    /// Those of this node.
+    pub local: Vec<Arc<Workload>>,
     /// Live, not terminal, not host-network. Addresses claimed twice are absent (see problems).
     pub by_ip: HashMap<IpAddr, Arc<Workload>>,
     pub frontends: HashMap<SocketAddr, Arc<Frontend>>,
@@ -110,6 +115,8 @@ impl Mesh {
             .copied();
         let network = network_policy::Candidates::build(objects, own_node.collect());
         let workloads = workloads(&settings, objects, network, &mut problems);
+        let local = workloads.values().filter(|workload| workload.local);
+        let local = local.cloned().collect();
         report_unreachable(&workloads, &node_addresses, &mut problems);
         let (by_ip, ambiguous) = addresses(objects, &workloads, &node_ips, &mut problems);
         let known = Known {
@@ -134,6 +141,7 @@ impl Mesh {
             settings,
             version,
             workloads,
+            local,
             by_ip,
             frontends,
             node_addresses,
@@ -262,6 +270,7 @@ fn workloads<'a>(
                 namespace: Arc::clone(&pod.key.namespace),
                 service_account: Arc::clone(&pod.service_account),
             },
+            mirror_of: pod.mirror_of.clone(),
             node: pod.node.clone(),
             local,
             ips: pod.ips.clone(),
@@ -301,6 +310,10 @@ fn exempt(pod: &Pod, own: &str) -> Option<&'static str> {
         Some("it shares the node's network")
     } else if NEVER_MESHED.contains(&&*pod.key.namespace) || *pod.key.namespace == *own {
         Some("the cluster's own pods and ours stay outside")
+    } else if pod.mirror_of.is_some() {
+        Some("its kubelet runs it from a file of the node")
+    } else if pod.service_account.is_empty() {
+        Some("it has no service account")
     } else {
         None
     }

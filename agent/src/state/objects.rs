@@ -199,7 +199,11 @@ pub struct Pod {
     pub node: Option<Arc<str>>,
     pub ips: Vec<IpAddr>,
     pub host_network: bool,
+    /// Empty: it names none, which a cluster lets no pod do but a mirror.
     pub service_account: Arc<str>,
+    /// A mirror of a pod that its kubelet runs by itself: the uid by which the kubelet knows that
+    /// one.
+    pub mirror_of: Option<Arc<str>>,
     pub labels: Labels,
     pub words: Words,
     pub ports: Vec<ContainerPort>,

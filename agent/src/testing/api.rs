@@ -8,17 +8,21 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    time::SystemTime,
 };
 
 use bytes::Bytes;
 use futures_util::stream;
-use http::{Method, Request, Response, StatusCode};
+use http::{Method, Request, Response, StatusCode, header::DATE};
 use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
 use hyper::body::Frame;
+use k8s_openapi::jiff::Timestamp;
 use kube::client::{Body, Client};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
+
+use crate::identity::clock::Clock;
 
 type Answer = UnsyncBoxBody<Bytes, Infallible>;
 
@@ -34,8 +38,12 @@ struct Inner {
     version: AtomicU64,
     /// Nothing answers.
     away: AtomicBool,
+    /// Whose time the answers carry; the machine's if nobody's.
+    clock: Mutex<Option<Arc<dyn Clock>>>,
     /// Requests so far, as `VERB path`.
     log: Mutex<Vec<String>>,
+    /// What was listed, and how much at once.
+    pages: Mutex<Vec<(String, usize)>>,
 }
 
 #[derive(Default)]
@@ -45,6 +53,8 @@ struct Collection {
     watches: Vec<mpsc::UnboundedSender<String>>,
     /// Versions before this one are forgotten: a watch from there is told 410.
     forgotten: u64,
+    /// And it is the answer to the watch itself that says so.
+    refuses: bool,
 }
 
 impl Api {
@@ -107,6 +117,10 @@ impl Api {
         self.delete(DEFINITIONS, &format!("/{plural}.{group}"));
     }
 
+    pub(crate) fn set_clock(&self, clock: Arc<dyn Clock>) {
+        *self.0.clock.lock() = Some(clock);
+    }
+
     /// Goes away with all its connections, or comes back.
     pub(crate) fn set_away(&self, away: bool) {
         self.0.away.store(away, Ordering::Release);
@@ -128,6 +142,15 @@ impl Api {
         }
     }
 
+    /// Forgets what happened, and refuses the watches that would go on from there.
+    pub(crate) fn refuse_old(&self, collection: &str) {
+        let version = self.next();
+        let mut collections = self.0.collections.lock();
+        let collection = collections.entry(collection.to_owned()).or_default();
+        (collection.forgotten, collection.refuses) = (version, true);
+        collection.watches.clear();
+    }
+
     /// What happens to a collection while nobody is told: its watches are cut, silently.
     pub(crate) fn cut(&self, collection: &str) {
         let mut collections = self.0.collections.lock();
@@ -137,6 +160,12 @@ impl Api {
 
     pub(crate) fn requests(&self) -> Vec<String> {
         self.0.log.lock().clone()
+    }
+
+    pub(crate) fn largest_page(&self, collection: &str) -> Option<usize> {
+        let pages = self.0.pages.lock();
+        let pages = pages.iter().filter(|(of, _)| of == collection);
+        pages.map(|(_, limit)| *limit).max()
     }
 
     fn next(&self) -> u64 {
@@ -162,11 +191,21 @@ impl Api {
             .await
             .map_err(std::io::Error::other)?
             .to_bytes();
-        if parts.method == Method::GET {
-            return Ok(self.read(&path, &query));
-        }
-        let body: Value = serde_json::from_slice(&body)?;
-        Ok(self.write(&parts.method, &path, body))
+        let mut answer = if parts.method == Method::GET {
+            self.read(&path, &query)
+        } else {
+            self.write(&parts.method, &path, serde_json::from_slice(&body)?)
+        };
+        let date = self.date().parse().map_err(std::io::Error::other)?;
+        answer.headers_mut().insert(DATE, date);
+        Ok(answer)
+    }
+
+    fn date(&self) -> String {
+        let clock = self.0.clock.lock().clone();
+        let now = clock.map_or_else(SystemTime::now, |clock| clock.now());
+        let now = Timestamp::try_from(now).unwrap_or(Timestamp::UNIX_EPOCH);
+        now.strftime("%a, %d %b %Y %H:%M:%S GMT").to_string()
     }
 
     fn read(&self, path: &str, query: &BTreeMap<&str, &str>) -> Response<Answer> {
@@ -198,6 +237,9 @@ impl Api {
                 .get("resourceVersion")
                 .and_then(|from| from.parse().ok());
             let from: u64 = from.unwrap_or_default();
+            if from < collection.forgotten && collection.refuses {
+                return status(StatusCode::GONE, "too old resource version");
+            }
             if from < collection.forgotten {
                 return json_body(expired());
             }
@@ -213,6 +255,7 @@ impl Api {
         }
         let limit = query.get("limit").and_then(|limit| limit.parse().ok());
         let limit: usize = limit.unwrap_or(usize::MAX);
+        self.0.pages.lock().push((path.to_owned(), limit));
         let skip = query.get("continue").and_then(|at| at.parse().ok());
         let skip: usize = skip.unwrap_or_default();
         let all: Vec<_> = collection.objects.values().filter(passes).collect();
@@ -401,6 +444,7 @@ fn status(code: StatusCode, message: &str) -> Response<Answer> {
     let (status, reason) = match code {
         StatusCode::OK => ("Success", ""),
         StatusCode::NOT_FOUND => ("Failure", "NotFound"),
+        StatusCode::GONE => ("Failure", "Expired"),
         StatusCode::CONFLICT if message == EXISTS => ("Failure", "AlreadyExists"),
         StatusCode::CONFLICT => ("Failure", "Conflict"),
         _ => ("Failure", "InternalError"),

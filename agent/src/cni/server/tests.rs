@@ -20,7 +20,7 @@ use crate::cni::{intent::Intent, message::PROTOCOL, plugin, sandboxes::Paths};
 const NAMESPACE: &str = "/proc/self/ns/uts";
 
 #[derive(Default)]
-struct Known(Mutex<HashMap<String, Standing>>);
+struct Known(Mutex<HashMap<String, Standing>>, Mutex<Option<Named>>);
 
 impl Known {
     fn set(&self, uid: &str, standing: Standing) {
@@ -31,6 +31,12 @@ impl Known {
 impl Pods for Known {
     fn standing(&self, uid: &str) -> Standing {
         self.0.lock().get(uid).cloned().unwrap_or(Standing::Unknown)
+    }
+
+    /// `shop/cart`, as every call here names it.
+    fn named(&self, namespace: &str, name: &str) -> Option<Named> {
+        assert_eq!((namespace, name), ("shop", "cart"));
+        self.1.lock().clone()
     }
 }
 
@@ -144,6 +150,31 @@ async fn a_pod_outside_the_mesh_starts_at_once_and_one_nobody_knows_is_left_to_t
     );
     let message = world.refusal("").await;
     assert!(message.contains("uid"), "{message}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_static_pod_starts_and_without_a_uid_the_name_counts() {
+    let world = serve();
+    let named = |uid: &str, mirror_of: Option<&str>| {
+        *world.known.1.lock() = Some(Named {
+            uid: uid.into(),
+            mirror_of: mirror_of.map(Arc::from),
+        });
+    };
+    named("mirror", Some("5e1f"));
+    assert!(world.call("ADD", "5e1f", "s").await.0);
+    assert!(world.call("CHECK", "5e1f", "s").await.0);
+    // A mirror that is still there says nothing of the next pod with its name.
+    let message = world.refusal("next").await;
+    assert!(message.contains("not heard of the pod"), "{message}");
+
+    named("u", None);
+    let netns = inode();
+    world.known.set("u", Standing::Captured { netns });
+    assert!(world.call("ADD", "", "s").await.0);
+    assert!(world.paths.borrow().contains_key("u"));
+    world.call("DEL", "", "s").await;
+    assert!(!world.paths.borrow().contains_key("u"));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -6,7 +6,8 @@
 //! replica has answered, is left alone.
 //!
 //! A refusal stands on the object as a `Denied` condition with reason and message. What a watch may
-//! only not have shown yet (a pod that has just started) is waited for, for some seconds.
+//! only not have shown yet (a pod that has just started) is waited for, for some seconds in which
+//! all watches are well.
 
 mod decide;
 mod pods;
@@ -82,9 +83,9 @@ pub async fn run(
     let (tell, mut told) = mpsc::channel(feed::QUEUE);
     let mut feeds = JoinSet::new();
     let all = |of: &ApiResource| Api::<Seen>::all_with(client.clone(), of);
-    let ours = watches::config().fields(&format!("spec.signerName={SIGNER}"));
+    let ours = watches::config_of_many().fields(&format!("spec.signerName={SIGNER}"));
     // Pods that have ended would be most of them on a cluster that runs jobs.
-    let live = watches::config().fields("status.phase!=Succeeded,status.phase!=Failed");
+    let live = watches::config_of_many().fields("status.phase!=Succeeded,status.phase!=Failed");
     for (tag, kind, of, only) in [
         (
             Of::Requests,
@@ -117,10 +118,11 @@ pub async fn run(
             () = &mut stop => return,
             message = told.recv() => {
                 let Some((of, told)) = message else { return };
+                let now = Instant::now();
                 match of {
-                    Of::Requests => requests.hear(told, Instant::now()),
-                    Of::Pods => pods.hear_pod(told),
-                    Of::Namespaces => pods.hear_namespace(told),
+                    Of::Requests => requests.hear(told, now),
+                    Of::Pods => pods.hear_pod(told, now),
+                    Of::Namespaces => pods.hear_namespace(told, now),
                 }
                 due = due.min(Instant::now() + GATHER);
                 continue;
@@ -141,6 +143,8 @@ pub async fn run(
             continue;
         }
         let work = requests.due(&pods, Instant::now());
+        // A round was full, so there may be more.
+        let more = work.len() >= requests::ROUND;
         let acting = futures_util::stream::iter(work)
             .map(|work| act(&api, &leading, &counts, work))
             .buffer_unordered(AT_ONCE)
@@ -150,6 +154,9 @@ pub async fn run(
             () = &mut stop => return,
         };
         let now = Instant::now();
+        if more {
+            due = now;
+        }
         for (name, well) in acted {
             if well {
                 requests.done(&name, now);

@@ -11,6 +11,7 @@ use std::{
     sync::Arc,
 };
 
+use tokio::time::Instant;
 use tracing::warn;
 
 use crate::{
@@ -40,6 +41,8 @@ struct Kind<T> {
     /// What the list under way has shown.
     listed: Option<BTreeSet<Name>>,
     complete: bool,
+    /// Since when everything that happens is heard. `None`: it is not.
+    well: Option<Instant>,
 }
 
 struct Known<T> {
@@ -53,6 +56,7 @@ impl<T> Default for Kind<T> {
             known: HashMap::new(),
             listed: None,
             complete: false,
+            well: None,
         }
     }
 }
@@ -72,9 +76,14 @@ impl Pods {
         self.pods.complete && self.namespaces.complete
     }
 
-    pub(super) fn hear_pod(&mut self, told: Told) {
+    /// Since when nothing that happens is missed. `None`: somebody may run whom we do not see.
+    pub(super) fn well_since(&self) -> Option<Instant> {
+        Some(self.pods.well?.max(self.namespaces.well?))
+    }
+
+    pub(super) fn hear_pod(&mut self, told: Told, now: Instant) {
         let converter = &self.converter;
-        self.pods.hear(told, |seen| {
+        self.pods.hear(told, now, |seen| {
             let pod = converter.pod(seen.parse()?)?;
             // Nothing of one that has ended counts, and of the others next to nothing.
             Ok((!pod.terminal).then(|| Pod {
@@ -91,9 +100,9 @@ impl Pods {
         });
     }
 
-    pub(super) fn hear_namespace(&mut self, told: Told) {
+    pub(super) fn hear_namespace(&mut self, told: Told, now: Instant) {
         let converter = &self.converter;
-        self.namespaces.hear(told, |seen| {
+        self.namespaces.hear(told, now, |seen| {
             let Namespace { words, .. } = converter.namespace(seen.parse()?)?;
             Ok(Some(Words {
                 mesh: words.mesh,
@@ -126,12 +135,15 @@ impl<T> Kind<T> {
     fn hear(
         &mut self,
         told: Told,
+        now: Instant,
         read: impl FnOnce(&Seen) -> Result<Option<T>, crate::k8s::FieldError>,
     ) {
         match told {
+            Told::Failed => self.well = None,
             Told::Listing => self.listed = Some(BTreeSet::new()),
             Told::Listed => {
                 self.complete = true;
+                self.well.get_or_insert(now);
                 let listed = self.listed.take().unwrap_or_default();
                 for (namespace, known) in &mut self.known {
                     known.retain(|name, _| {

@@ -11,7 +11,10 @@ use tokio::time::sleep;
 
 use super::*;
 use crate::{
-    control::ask::{Reason, Refusal},
+    control::{
+        ask::{Reason, Refusal},
+        feed::Told,
+    },
     testing::api::Api as Server,
 };
 
@@ -317,6 +320,12 @@ const REFUSED: &[(&str, Reason, Change)] = &[
     ("a pod on the node's network", Reason::NotOnNode, |r| {
         asking(r, &pem_of("spiffe://cluster.local/ns/shop/sa/host"));
     }),
+    ("the account of no account", Reason::NotOnNode, |r| {
+        asking(r, &pem_of("spiffe://cluster.local/ns/shop/sa/default"));
+    }),
+    ("the account of a mirror", Reason::NotOnNode, |r| {
+        asking(r, &pem_of("spiffe://cluster.local/ns/shop/sa/mirrored"));
+    }),
     ("a pod that has ended", Reason::NotOnNode, |r| {
         asking(r, &pem_of("spiffe://cluster.local/ns/shop/sa/job"));
     }),
@@ -346,6 +355,19 @@ async fn everything_else_is_denied_with_its_reason() {
     let mut host = pod("shop", "host-1", "u4", "host", "n1");
     host["spec"]["hostNetwork"] = true.into();
     server.put(PODS, host);
+    // What a kubelet may make anywhere: a mirror, which names no account.
+    let mut mirror = pod("shop", "mirror-1", "u6", "", "n1");
+    mirror["metadata"]["annotations"] = json!({"kubernetes.io/config.mirror": "5e1f"});
+    server.put(PODS, mirror);
+    let mut nobody = pod("shop", "nobody-1", "u7", "", "n1");
+    nobody["spec"]
+        .as_object_mut()
+        .unwrap()
+        .remove("serviceAccountName");
+    server.put(PODS, nobody);
+    let mut mirrored = pod("shop", "mirror-2", "u8", "mirrored", "n1");
+    mirrored["metadata"]["annotations"] = json!({"kubernetes.io/config.mirror": "5e1f"});
+    server.put(PODS, mirrored);
     let mut job = pod("shop", "job-1", "u5", "job", "n1");
     job["status"]["phase"] = "Succeeded".into();
     server.put(PODS, job);
@@ -531,6 +553,197 @@ async fn an_api_server_that_is_away_costs_nothing_but_time() {
     server.set_away(false);
     sleep(Duration::from_secs(15)).await;
     assert_eq!(answer_of(&server, "r").unwrap().0, "Approved");
+}
+
+/// Of what a watch tells.
+fn there(object: Value) -> Told {
+    Told::There(Box::new(serde_json::from_value(object).unwrap()))
+}
+
+/// Pods and namespaces as [`server`] has them, all heard.
+fn pods(now: Instant) -> Pods {
+    let converter = Converter::named(&"Kubernetes".into(), &"cluster.local".into());
+    let mut pods = Pods::new(converter, "picomesh-system".into());
+    for told in [
+        Told::Listing,
+        there(agent()),
+        there(agent_2()),
+        there(pod("shop", "web-1", "web-uid", "web", "n1")),
+        there(pod("shop", "web-2", "web-2-uid", "web", "n2")),
+        Told::Listed,
+    ] {
+        pods.hear_pod(told, now);
+    }
+    for told in [Told::Listing, there(namespace("shop", true)), Told::Listed] {
+        pods.hear_namespace(told, now);
+    }
+    pods
+}
+
+fn agent_2() -> Value {
+    let account = "picomesh-agent";
+    let mut agent = pod("picomesh-system", "agent-2", "agent-2-uid", account, "n2");
+    agent["spec"]["hostNetwork"] = true.into();
+    agent
+}
+
+fn of_agent_2(request: &mut Value) {
+    said(request, "node-name", json!(["n2"]));
+    said(request, "pod-name", json!(["agent-2"]));
+    said(request, "pod-uid", json!(["agent-2-uid"]));
+}
+
+/// Each with the second in which it was made, and its stage.
+fn requests(all: impl IntoIterator<Item = (Value, i64, Option<&'static str>)>) -> Requests {
+    let mut requests = Requests::new(rules(), 4);
+    requests.hear(Told::Listing, Instant::now());
+    for (mut request, made, stage) in all {
+        let made = Time(Timestamp::from_second(1_800_000_000 + made).unwrap());
+        request["metadata"]["creationTimestamp"] = json!(made);
+        match stage {
+            Some("Issued") => {
+                request["status"] = json!({"certificate": base64(b"x"),
+                                           "conditions": [{"type": "Approved", "status": "True"}]});
+            }
+            Some(stage) => {
+                request["status"] = json!({"conditions": [{"type": stage, "status": "True"}]});
+            }
+            None => {}
+        }
+        requests.hear(there(request), Instant::now());
+    }
+    requests.hear(Told::Listed, Instant::now());
+    requests
+}
+
+fn renamed(request: &Value, name: String) -> Value {
+    let mut request = request.clone();
+    request["metadata"]["uid"] = json!(format!("uid-{name}"));
+    request["metadata"]["name"] = json!(name);
+    request
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_flood_from_one_node_waits_for_the_requests_of_others() {
+    let flood = request("r");
+    let mut honest = request("honest");
+    of_agent_2(&mut honest);
+    let flood = (0..300).map(|number| (renamed(&flood, format!("r{number:03}")), 0, None));
+    let requests = requests(flood.chain([(honest, 60, None)]));
+    let work = requests.due(&pods(Instant::now()), Instant::now());
+    assert_eq!(work.len(), requests::ROUND);
+    let names: Vec<_> = work[..2].iter().map(|work| &*work.name).collect();
+    assert_eq!(names, ["r000", "honest"]);
+    assert!(matches!(work[1].what, What::Approve { .. }));
+}
+
+#[tokio::test(start_paused = true)]
+async fn too_many_finished_ones_go_from_the_node_that_has_most() {
+    let flood = request("r");
+    let mut honest = request("honest");
+    of_agent_2(&mut honest);
+    let issued = (0..10).map(|n| (renamed(&flood, format!("issued{n}")), 0, Some("Issued")));
+    let flood = (0..1995).map(|n| (renamed(&flood, format!("r{n:04}")), n, Some("Denied")));
+    let honest = (0..20).map(|n| (renamed(&honest, format!("honest{n}")), 0, Some("Denied")));
+    let requests = requests(honest.chain(issued).chain(flood));
+    let collected = |now| -> Vec<_> {
+        let due = requests.due(&pods(now), now).into_iter();
+        due.map(|work| {
+            assert!(matches!(work.what, What::Collect), "{work:?}");
+            work.name.to_string()
+        })
+        .collect()
+    };
+    // The oldest; and what was issued just now has not been seen by its agent.
+    let expected: Vec<_> = (0..15).map(|n| format!("r{n:04}")).collect();
+    assert_eq!(collected(Instant::now()), expected);
+    sleep(Duration::from_secs(31)).await;
+    assert_eq!(collected(Instant::now()).len(), 25);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_has_piled_up_is_collected_and_not_approved() {
+    let requests = requests([
+        (request("forgotten"), 0, None),
+        (request("late"), 60, Some("Approved")),
+        (request("waiting"), 901, None),
+        (request("young"), 1000, None),
+    ]);
+    let work = requests.due(&pods(Instant::now()), Instant::now());
+    let mut what: Vec<_> = work
+        .iter()
+        .map(|work| (&*work.name, matches!(work.what, What::Collect)))
+        .collect();
+    what.sort_unstable();
+    let expected = [
+        ("forgotten", true),
+        ("late", true),
+        ("waiting", false),
+        ("young", false),
+    ];
+    assert_eq!(what, expected);
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_more_are_remembered_than_fit() {
+    let one = request("r");
+    let mut honest = request("honest");
+    of_agent_2(&mut honest);
+    let flood = (0..8100).map(|n| (renamed(&one, format!("r{n:04}")), n, Some("Denied")));
+    let requests = requests([(honest, 0, None)].into_iter().chain(flood));
+    assert!(requests.known() <= 8000, "{}", requests.known());
+    let work = requests.due(&pods(Instant::now()), Instant::now());
+    assert_eq!(&*work[0].name, "honest");
+}
+
+#[tokio::test(start_paused = true)]
+async fn nobody_is_denied_for_what_a_broken_watch_has_not_shown() {
+    let mut unknown = request("r");
+    asking(
+        &mut unknown,
+        &pem_of("spiffe://cluster.local/ns/shop/sa/new"),
+    );
+    let requests = requests([(unknown, 0, None)]);
+    let mut pods = pods(Instant::now());
+    pods.hear_namespace(Told::Failed, Instant::now());
+    sleep(Duration::from_secs(60)).await;
+    assert!(requests.due(&pods, Instant::now()).is_empty());
+    // Well again: from now on it has time.
+    pods.hear_namespace(Told::Listing, Instant::now());
+    assert!(requests.due(&pods, Instant::now()).is_empty());
+    pods.hear_namespace(there(namespace("shop", true)), Instant::now());
+    pods.hear_namespace(Told::Listed, Instant::now());
+    sleep(Duration::from_secs(4)).await;
+    assert!(requests.due(&pods, Instant::now()).is_empty());
+    sleep(Duration::from_secs(2)).await;
+    let work = requests.due(&pods, Instant::now());
+    let [
+        Work {
+            what: What::Deny { refusal, .. },
+            ..
+        },
+    ] = &work[..]
+    else {
+        panic!("{work:?}")
+    };
+    assert_eq!(refusal.reason, Reason::NotOnNode);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_that_came_while_the_watches_were_broken_has_its_certificate() {
+    let server = server();
+    let _running = run_on(&server, true);
+    sleep(Duration::from_secs(2)).await;
+    server.cut(PODS);
+    server.set_away(true);
+    sleep(Duration::from_secs(30)).await;
+    server.set_away(false);
+    let mut early = request("early");
+    asking(&mut early, &pem_of("spiffe://cluster.local/ns/shop/sa/new"));
+    server.put(REQUESTS, early);
+    server.put(PODS, pod("shop", "new-1", "new-uid", "new", "n1"));
+    sleep(Duration::from_secs(20)).await;
+    assert_eq!(answer_of(&server, "early").unwrap().0, "Approved");
 }
 
 #[test]

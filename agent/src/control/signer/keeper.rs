@@ -14,6 +14,10 @@
 //! cannot outlive another issuer, or somebody took `root.key` out of the Secret, comes a new root,
 //! by way of [`anchors`](super::anchors).
 //!
+//! **A clock that is wrong** would make what nobody believes yet, or take anchors out for good.
+//! So nothing is written while this clock is further from the API server's than certificates allow
+//! ([`SKEW`]).
+//!
 //! **What cannot be used** is told, in the log and by an Event, and the last good authority signs
 //! on for as long as this process lives.
 
@@ -22,13 +26,16 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use http::{Request, header::DATE};
 use k8s_openapi::{
     ByteString,
     api::core::v1::{ConfigMap, Secret},
+    jiff::fmt::rfc2822,
 };
 use kube::{
     Api, Client,
     api::{ObjectMeta, PostParams},
+    client::Body,
 };
 use rustls::pki_types::{CertificateDer, pem::PemObject};
 use tracing::{info, warn};
@@ -71,6 +78,7 @@ pub struct Settings {
 }
 
 pub(super) struct Keeper {
+    client: Client,
     secrets: Api<Secret>,
     maps: Api<ConfigMap>,
     settings: Settings,
@@ -122,7 +130,8 @@ impl Keeper {
     ) -> Self {
         Self {
             secrets: Api::namespaced(client.clone(), &settings.namespace),
-            maps: Api::namespaced(client, &settings.namespace),
+            maps: Api::namespaced(client.clone(), &settings.namespace),
+            client,
             settings,
             clock,
             events,
@@ -147,6 +156,12 @@ impl Keeper {
         let map = self.maps.get_opt(TRUST_ROOTS).await?;
         let (anchors, mut trouble) = Anchors::read(map.as_ref());
         let trouble_of_map = trouble.is_some();
+        let wrong_clock = if leads {
+            self.wrong_clock().await?
+        } else {
+            None
+        };
+        let leads = leads && wrong_clock.is_none();
 
         let mut secret = self.secrets.get_opt(ISSUER).await?.map(Private);
         if secret.is_none() && leads && anchors.origin != Some(Origin::Given) {
@@ -202,8 +217,39 @@ impl Keeper {
         if let Some(ready) = candidate.filter(|ready| anchors.have_spread(&ready.bundle, now)) {
             self.put_in_force(ready);
         }
-        self.tell(trouble.map(|trouble| (trouble, uid)), trouble_of_map);
+        let of_map = trouble_of_map && wrong_clock.is_none();
+        let trouble = wrong_clock.or(trouble);
+        self.tell(trouble.map(|trouble| (trouble, uid)), of_map);
         Ok(())
+    }
+
+    /// Why what depends on the time must wait.
+    async fn wrong_clock(&self) -> Result<Option<String>, KeepError> {
+        let request = Request::get("/version").body(Body::empty()).map_err(made)?;
+        // Whatever the answer is, it carries its time.
+        let answer = self.client.send(request).await?;
+        let date = answer.headers().get(DATE);
+        let date = date.and_then(|date| {
+            let parser = rfc2822::DateTimeParser::new();
+            parser.parse_timestamp(date.as_bytes()).ok()
+        });
+        let Some(there) = date.map(SystemTime::from) else {
+            return Ok(Some(
+                "the API server's answers carry no Date, so this clock cannot be trusted and the \
+                 authority is left as it is; let proxies before the API server pass it on"
+                    .into(),
+            ));
+        };
+        let here = self.clock.now();
+        let apart = here.duration_since(there);
+        let apart = apart.unwrap_or_else(|behind| behind.duration());
+        Ok((apart > SKEW).then(|| {
+            format!(
+                "the clocks of this node and of the API server are more than {} minutes apart, so \
+                 the authority is left as it is; set them (NTP)",
+                SKEW.as_secs() / 60
+            )
+        }))
     }
 
     fn is_old(&self, authority: &Authority, now: SystemTime) -> bool {

@@ -121,7 +121,7 @@ pub async fn run(
     let mut feeds = JoinSet::new();
     let of = ApiResource::erase::<CertificateSigningRequest>(&());
     let all = Api::<Seen>::all_with(client.clone(), &of);
-    let ours = watches::config().fields(&format!("spec.signerName={SIGNER}"));
+    let ours = watches::config_of_many().fields(&format!("spec.signerName={SIGNER}"));
     feeds.spawn(feed::follow(
         (),
         "CertificateSigningRequest",
@@ -215,6 +215,7 @@ pub async fn run(
 impl Approved {
     fn hear(&mut self, told: Told) {
         match told {
+            Told::Failed => {}
             Told::Listing => self.listed = Some(BTreeSet::new()),
             Told::Listed => {
                 let listed = self.listed.take().unwrap_or_default();

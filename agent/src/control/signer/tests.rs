@@ -51,10 +51,9 @@ struct World {
 
 impl World {
     fn new() -> Self {
-        Self {
-            server: Server::default(),
-            clock: TestClock::new(),
-        }
+        let (server, clock) = (Server::default(), TestClock::new());
+        server.set_clock(clock.clone());
+        Self { server, clock }
     }
 
     fn keeper(&self) -> Keeper {
@@ -339,6 +338,58 @@ async fn ours_that_is_gone_is_made_anew_and_the_old_root_stays_for_a_while() {
     world.clock.jump(SPREAD);
     keeper.look(true).await.unwrap();
     assert!(signing(&keeper) > before);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_clock_that_is_wrong_makes_rotates_and_removes_nothing_and_is_told() {
+    let world = World::new();
+    let right = TestClock::new();
+    world.server.set_clock(right.clone());
+    let mut keeper = world.keeper();
+    world.clock.jump(400 * DAY);
+    keeper.look(true).await.unwrap();
+    assert!(world.secret("tls.crt").is_none());
+    assert!(keeper.is_troubled());
+
+    // Right at first, and an anchor is on its way out.
+    world.server.set_clock(world.clock.clone());
+    keeper.look(true).await.unwrap();
+    assert!(!keeper.is_troubled());
+    let made = world.server.get(SECRETS, SECRET).unwrap();
+    world.server.delete(SECRETS, SECRET);
+    keeper.look(true).await.unwrap();
+    world.clock.jump(SPREAD);
+    keeper.look(true).await.unwrap();
+    keeper.look(true).await.unwrap();
+    assert_eq!(world.anchors().len(), 2);
+    assert_ne!(world.server.get(SECRETS, SECRET).unwrap(), made);
+    let (version, before) = (world.version(), signing(&keeper));
+    let right = TestClock::new();
+    right.jump(400 * DAY + SPREAD);
+    world.server.set_clock(right.clone());
+    for wrong in [60 * DAY, 300 * DAY] {
+        world.clock.jump(wrong);
+        keeper.look(true).await.unwrap();
+        sleep(Duration::from_secs(2)).await;
+        assert_eq!(world.anchors().len(), 2);
+        assert_eq!(
+            (world.version(), signing(&keeper)),
+            (version.clone(), before)
+        );
+        assert!(
+            world
+                .said()
+                .iter()
+                .any(|said| said.contains("minutes apart"))
+        );
+    }
+
+    // It was the API server's that was wrong.
+    right.jump(360 * DAY);
+    keeper.look(true).await.unwrap();
+    assert_eq!(world.anchors().len(), 1);
+    assert_ne!(world.version(), version);
+    assert!(!keeper.is_troubled());
 }
 
 #[tokio::test(start_paused = true)]

@@ -72,7 +72,7 @@ async fn a_signer_that_fails_is_asked_less_and_less_often_and_the_old_certificat
         .collect();
     for (wait, ideal) in waits
         .iter()
-        .zip([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0])
+        .zip([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0])
     {
         assert!((wait / ideal - 1.0).abs() < 0.25, "{waits:?}");
     }
@@ -80,6 +80,41 @@ async fn a_signer_that_fails_is_asked_less_and_less_often_and_the_old_certificat
     assert_eq!(status.state, "ready");
     assert!(status.last_error.unwrap().contains("out to lunch"));
     assert_eq!(world.call("alice", "bob").await, Ok(()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_not_answered_is_asked_again_and_nothing_else_is() {
+    let world = World::idle();
+    world.signer.set(Mood::Hang);
+    world.want(&["bob"]);
+    tokio::time::sleep(HOUR).await;
+    let asked = std::mem::take(&mut *world.signer.requests.lock());
+    assert!(asked.len() > 10, "{}", asked.len());
+    assert!(asked.iter().all(|csr| *csr == asked[0]));
+
+    // An answer is the end of a request, whatever it was; and the key is never used again.
+    world.signer.set(Mood::Fail);
+    tokio::time::sleep(Duration::from_secs(100)).await;
+    world.signer.set(Mood::Sign);
+    tokio::time::sleep(Duration::from_secs(100)).await;
+    let later = world.signer.requests.lock().clone();
+    assert_eq!(later[0], asked[0]);
+    assert!(later.windows(2).all(|pair| pair[0] != pair[1]));
+    assert_eq!(world.status("bob").state, "ready");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_longer_a_certificate_serves_the_fewer_are_the_tries_to_renew_it() {
+    let world = World::start(&["bob"]).await;
+    world.signer.set(Mood::Fail);
+    world.signer.asked.lock().clear();
+    tokio::time::sleep(LIFE - HOUR / 4).await;
+    let tries = world.asked_by("bob").len();
+    // A try a minute for eight hours would be 480.
+    assert!((20..100).contains(&tries), "{tries}");
+    world.signer.set(Mood::Sign);
+    tokio::time::sleep(Duration::from_secs(90)).await;
+    assert_eq!(world.status("bob").renewals, 1);
 }
 
 #[tokio::test(start_paused = true)]

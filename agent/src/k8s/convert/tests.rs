@@ -52,9 +52,17 @@ fn a_pod_keeps_what_the_mesh_asks_of_it() {
 fn what_a_pod_leaves_out_has_kubernetes_defaults() {
     let pod = pod("", "", "").unwrap();
     assert_eq!(pod.key.to_string(), "default/a");
-    assert_eq!(&*pod.service_account, "default");
-    assert_eq!((pod.node, pod.owner), (None, None));
+    assert_eq!((pod.node, pod.owner, pod.mirror_of), (None, None, None));
     assert!(!pod.host_network && !pod.ready && !pod.terminating && !pod.terminal);
+}
+
+#[test]
+fn a_mirror_is_known_as_one_and_nobody_is_given_an_account() {
+    let mirror = "annotations: {kubernetes.io/config.mirror: 5e1f}";
+    let mirror = pod(mirror, "serviceAccountName: \"\"", "").unwrap();
+    assert_eq!(mirror.mirror_of.as_deref(), Some("5e1f"));
+    assert_eq!(&*mirror.service_account, "");
+    assert_eq!(&*pod("", "", "").unwrap().service_account, "");
 }
 
 #[test]

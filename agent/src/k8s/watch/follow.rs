@@ -4,26 +4,32 @@
 //! to us: how long to wait after an error; a kind whose definition is missing, or comes, or goes;
 //! and that a watch which cannot even begin where the last one ended begins from nothing.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, fmt, io, sync::Arc, time::Duration};
 
-use futures_util::StreamExt;
+use futures_util::{
+    StreamExt,
+    stream::{self, BoxStream},
+};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::{
     Api, Client, ResourceExt,
     core::PartialObjectMeta,
     runtime::watcher::{self, Event, watcher},
 };
+use serde::de::DeserializeOwned;
 use tokio::{
     sync::{mpsc, watch},
     time::sleep,
 };
 use tracing::{debug, info, warn};
 
-use super::super::{Seen, foreign::ForeignKind, resources::Resource};
+use super::super::{Seen, client::SILENT, foreign::ForeignKind, resources::Resource};
 use crate::state::objects::Kind;
 
 /// Objects of one answer. Their text is held at once, and a large cluster has tens of megabytes.
 const PAGE: u32 = 100;
+/// Of kinds whose objects anybody may make, and as large as they get.
+const SMALL_PAGE: u32 = 16;
 /// The API server ends a watch after this, and we ask it to go on.
 const WATCH_SECONDS: u32 = 120;
 const SHORTEST_PAUSE: Duration = Duration::from_millis(500);
@@ -45,6 +51,28 @@ impl Watched {
     pub(super) fn all() -> impl Iterator<Item = Self> {
         let mesh = Kind::ALL.map(Self::Mesh).into_iter();
         mesh.chain(ForeignKind::ALL.map(Self::Foreign))
+    }
+
+    fn config(self) -> watcher::Config {
+        match self {
+            Self::Mesh(
+                Kind::Node
+                | Kind::Namespace
+                | Kind::Service
+                | Kind::EndpointSlice
+                | Kind::ServiceAccount,
+            ) => config(),
+            Self::Mesh(
+                Kind::Pod
+                | Kind::Server
+                | Kind::ServerAuthorization
+                | Kind::AuthorizationPolicy
+                | Kind::MeshTlsAuthentication
+                | Kind::NetworkAuthentication
+                | Kind::NetworkPolicy,
+            )
+            | Self::Foreign(_) => config_of_many(),
+        }
     }
 
     pub(super) fn resource(self) -> Resource {
@@ -74,8 +102,9 @@ pub(super) enum Told {
     Absent,
     Failed {
         error: String,
-        /// It was not the API server that refused: it is away, or as good as.
-        away: bool,
+        /// It was not the API server that refused: it is away, or as good as. For so long already,
+        /// if that is known.
+        away: Option<Duration>,
     },
 }
 
@@ -85,8 +114,7 @@ pub(super) type Definitions = Option<BTreeSet<String>>;
 /// Watches which kinds are defined here.
 pub(super) async fn definitions(client: Client, known: watch::Sender<Definitions>) {
     let api: Api<PartialObjectMeta<CustomResourceDefinition>> = Api::all(client);
-    let mut events = watcher(api, config()).boxed();
-    let mut pause = Pause::default();
+    let mut events = endless(api, config());
     let (mut listed, mut told) = (BTreeSet::new(), false);
     while let Some(event) = events.next().await {
         match event {
@@ -95,7 +123,6 @@ pub(super) async fn definitions(client: Client, known: watch::Sender<Definitions
                 listed.insert(definition.name_any());
             }
             Ok(Event::InitDone) => {
-                pause.reset();
                 known.send_replace(Some(std::mem::take(&mut listed)));
             }
             Ok(Event::Apply(definition)) => known.send_modify(|known| {
@@ -110,7 +137,6 @@ pub(super) async fn definitions(client: Client, known: watch::Sender<Definitions
                     let error = sentence(&error);
                     warn!(%error, "the CustomResourceDefinitions cannot be watched");
                 }
-                sleep(pause.next()).await;
             }
         }
     }
@@ -161,7 +187,7 @@ pub(super) async fn follow(
                 }
                 Err(error) => {
                     let failed = Told::Failed {
-                        away: is_away(&error),
+                        away: is_away(&error).then(|| silence(&error)),
                         error: error.to_string(),
                     };
                     say(&tell, watched, failed).await;
@@ -227,6 +253,40 @@ async fn serving(
     Ok(None)
 }
 
+/// Watches without end, with a pause after each error. The library goes on by itself; where it
+/// would ask for the same again and again, all begins from nothing.
+pub(crate) fn endless<K>(
+    api: Api<K>,
+    only: watcher::Config,
+) -> BoxStream<'static, watcher::Result<Event<K>>>
+where
+    K: kube::Resource + Clone + DeserializeOwned + fmt::Debug + Send + 'static,
+{
+    let events = watcher(api.clone(), only.clone()).boxed();
+    let state = (events, Pause::default(), Duration::ZERO);
+    let next = move |(mut events, mut pause, wait): (BoxStream<'static, _>, Pause, Duration)| {
+        let (api, only) = (api.clone(), only.clone());
+        async move {
+            sleep(wait).await;
+            let event: watcher::Result<Event<K>> = events.next().await?;
+            let mut wait = Duration::ZERO;
+            match &event {
+                // No answer yet.
+                Ok(Event::Init) => {}
+                Ok(_) => pause.reset(),
+                Err(error) => {
+                    wait = pause.next();
+                    if is_expired(error) {
+                        events = watcher(api, only).boxed();
+                    }
+                }
+            }
+            Some((event, (events, pause, wait)))
+        }
+    };
+    stream::unfold(state, next).boxed()
+}
+
 /// Returns when the watch must begin from nothing.
 async fn watch_version(
     client: &Client,
@@ -238,7 +298,7 @@ async fn watch_version(
     let resource = watched.resource().at(version);
     let api_version: Arc<str> = resource.api_version.as_str().into();
     let api = Api::<Seen>::all_with(client.clone(), &resource);
-    let mut events = watcher(api, config()).boxed();
+    let mut events = watcher(api, watched.config()).boxed();
     while let Some(event) = events.next().await {
         let told = match event {
             Ok(Event::Init) => Told::Listing,
@@ -255,7 +315,7 @@ async fn watch_version(
                 if !is_relist(&error) {
                     let failed = Told::Failed {
                         error: sentence(&error),
-                        away: cause(&error).is_none_or(is_away),
+                        away: cause(&error).is_none_or(is_away).then(|| silence(&error)),
                     };
                     say(tell, watched, failed).await;
                 }
@@ -283,6 +343,24 @@ fn is_away(error: &kube::Error) -> bool {
     }
 }
 
+/// How long nothing was heard before it was an error.
+fn silence(error: &(dyn std::error::Error + 'static)) -> Duration {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        let io = error.downcast_ref::<io::Error>();
+        if io.is_some_and(|io| io.kind() == io::ErrorKind::TimedOut) {
+            return SILENT;
+        }
+        // What such an error holds is not among its sources.
+        let held = io.and_then(io::Error::get_ref);
+        next = match held {
+            Some(held) => Some(held as &(dyn std::error::Error + 'static)),
+            None => error.source(),
+        };
+    }
+    Duration::ZERO
+}
+
 fn cause(error: &watcher::Error) -> Option<&kube::Error> {
     match error {
         watcher::Error::InitialListFailed(error)
@@ -292,10 +370,12 @@ fn cause(error: &watcher::Error) -> Option<&kube::Error> {
     }
 }
 
-/// Refused before it began: the library would ask for the same again and again.
+/// The watch itself was refused: the library would ask for the same again and again. A refusal that
+/// is the answer to the request comes to us as the failure of a watch that had begun.
 pub(crate) fn is_expired(error: &watcher::Error) -> bool {
     match error {
-        watcher::Error::WatchStartFailed(kube::Error::Api(status)) => status.code == 410,
+        watcher::Error::WatchStartFailed(kube::Error::Api(status))
+        | watcher::Error::WatchFailed(kube::Error::Api(status)) => status.code == 410,
         watcher::Error::NoResourceVersion => true,
         watcher::Error::InitialListFailed(_)
         | watcher::Error::WatchStartFailed(_)
@@ -309,7 +389,8 @@ pub(crate) fn is_relist(error: &watcher::Error) -> bool {
     match error {
         watcher::Error::WatchError(status) => status.code == 410,
         watcher::Error::InitialListFailed(kube::Error::Api(status))
-        | watcher::Error::WatchStartFailed(kube::Error::Api(status)) => status.code == 410,
+        | watcher::Error::WatchStartFailed(kube::Error::Api(status))
+        | watcher::Error::WatchFailed(kube::Error::Api(status)) => status.code == 410,
         watcher::Error::InitialListFailed(_)
         | watcher::Error::WatchStartFailed(_)
         | watcher::Error::WatchFailed(_)
@@ -343,6 +424,11 @@ pub(crate) fn config() -> watcher::Config {
         .page_size(PAGE)
 }
 
+/// For kinds whose objects anybody may make.
+pub(crate) fn config_of_many() -> watcher::Config {
+    config().page_size(SMALL_PAGE)
+}
+
 /// Between tries: longer each time, and never the same on two nodes.
 #[derive(Debug, Default)]
 pub(crate) struct Pause {
@@ -360,5 +446,20 @@ impl Pause {
 
     pub(crate) fn reset(&mut self) {
         self.tries = 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_watch_that_fell_silent_was_away_for_as_long() {
+        let timed_out = io::Error::from(io::ErrorKind::TimedOut);
+        // As the client wraps what its connection says.
+        let read = |error| watcher::Error::WatchFailed(kube::Error::ReadEvents(error));
+        assert_eq!(silence(&read(io::Error::other(timed_out))), SILENT);
+        let reset = io::Error::from(io::ErrorKind::ConnectionReset);
+        assert_eq!(silence(&read(io::Error::other(reset))), Duration::ZERO);
     }
 }

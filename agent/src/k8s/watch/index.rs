@@ -45,12 +45,19 @@ impl fmt::Display for Fault {
 
 type Name = (Arc<str>, Arc<str>);
 
+/// People mend one after the other; of more only the number is told.
+const MOST_FAULTS: usize = 1000;
+
 pub(super) struct Index {
     converter: Converter,
     node: Arc<str>,
     objects: Objects,
     strings: Strings,
     faults: BTreeMap<(Kind, Name), Fault>,
+    /// More than are told in full: their names.
+    more_faults: BTreeSet<(Kind, Name)>,
+    /// Those that nobody has taken yet.
+    new_faults: BTreeSet<(Kind, Name)>,
     /// They are not what they were when somebody last asked.
     faults_changed: bool,
     /// Pods are kept by uid; a watch names them.
@@ -79,6 +86,8 @@ impl Index {
             objects: Objects::default(),
             strings: Strings::default(),
             faults: BTreeMap::new(),
+            more_faults: BTreeSet::new(),
+            new_faults: BTreeSet::new(),
             faults_changed: false,
             pods: HashMap::new(),
             kinds: Watched::all().map(|of| (of, Known::default())).collect(),
@@ -99,8 +108,21 @@ impl Index {
         &self.objects
     }
 
+    /// At most [`MOST_FAULTS`].
     pub(super) fn faults(&self) -> impl Iterator<Item = &Fault> {
         self.faults.values()
+    }
+
+    /// How many there are besides.
+    pub(super) fn more_faults(&self) -> usize {
+        self.more_faults.len()
+    }
+
+    /// What of [`Self::faults`] has come, or is another, since the last call.
+    pub(super) fn take_new_faults(&mut self) -> Vec<Fault> {
+        let new = std::mem::take(&mut self.new_faults).into_iter();
+        new.filter_map(|name| self.faults.get(&name).cloned())
+            .collect()
     }
 
     /// Every kind is known.
@@ -230,9 +252,7 @@ impl Index {
                 self.take(kind, &name)
             }
             Err(error) => {
-                let fault = fault(kind, seen, api_version, &error);
-                let before = self.faults.insert((kind, name.clone()), fault.clone());
-                self.faults_changed |= before.as_ref() != Some(&fault);
+                self.blame((kind, name.clone()), fault(kind, seen, api_version, &error));
                 // Of a pod with this name and another uid nothing is left.
                 let other = self.pods.get(&name).is_some_and(|uid| **uid != *seen.uid());
                 kind == Kind::Pod && other && self.take(kind, &name)
@@ -240,9 +260,26 @@ impl Index {
         }
     }
 
+    fn blame(&mut self, name: (Kind, Name), fault: Fault) {
+        let known = self.faults.get(&name);
+        if known == Some(&fault) {
+            return;
+        }
+        self.faults_changed = true;
+        if known.is_none() && self.faults.len() >= MOST_FAULTS {
+            self.more_faults.insert(name);
+            return;
+        }
+        self.new_faults.insert(name.clone());
+        self.faults.insert(name, fault);
+    }
+
     /// Nothing is wrong with it any more.
     fn reads(&mut self, kind: Kind, name: &Name) {
-        self.faults_changed |= self.faults.remove(&(kind, name.clone())).is_some();
+        let name = (kind, name.clone());
+        self.faults_changed |= self.faults.remove(&name).is_some();
+        self.faults_changed |= self.more_faults.remove(&name);
+        self.new_faults.remove(&name);
     }
 
     /// In doubt, who was ready stays so unless it is being deleted or gone.
@@ -307,10 +344,12 @@ impl Index {
     }
 
     fn keep_listed(&mut self, kind: Kind, listed: &BTreeSet<Name>) -> bool {
-        let before = self.faults.len();
-        self.faults
-            .retain(|(of, name), _| *of != kind || listed.contains(name));
-        self.faults_changed |= self.faults.len() != before;
+        let before = (self.faults.len(), self.more_faults.len());
+        let stays = |(of, name): &(Kind, Name)| *of != kind || listed.contains(name);
+        self.faults.retain(|name, _| stays(name));
+        self.more_faults.retain(stays);
+        self.new_faults.retain(stays);
+        self.faults_changed |= (self.faults.len(), self.more_faults.len()) != before;
         if kind == Kind::Pod {
             self.pods.retain(|name, _| listed.contains(name));
         }
@@ -372,5 +411,59 @@ fn fault(kind: Kind, seen: &Seen, api_version: &str, error: &FieldError) -> Faul
         uid: seen.uid().to_owned(),
         api_version: api_version.to_owned(),
         message: error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::testing::manifests::settings;
+
+    fn service(number: usize, address: &str) -> Seen {
+        serde_json::from_value(json!({
+            "metadata": {"name": format!("web-{number:05}"), "namespace": "shop"},
+            "spec": {"clusterIP": address},
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn each_fault_is_new_once_and_only_so_many_are_named() {
+        let mut index = Index::new(Converter::new(&settings()), "n1".into());
+        let of = Watched::Mesh(Kind::Service);
+        let hear = |index: &mut Index, seen| {
+            let told = Told::There {
+                seen,
+                api_version: "v1".into(),
+            };
+            index.hear(of, told, false)
+        };
+        for number in 0..MOST_FAULTS + 5 {
+            assert!(hear(&mut index, service(number, "nowhere")));
+        }
+        assert_eq!(index.take_new_faults().len(), MOST_FAULTS);
+        assert_eq!(
+            (index.faults().count(), index.more_faults()),
+            (MOST_FAULTS, 5)
+        );
+        assert!(index.take_new_faults().is_empty());
+
+        // The same again is nothing new; another word is.
+        assert!(!hear(&mut index, service(1, "nowhere")));
+        assert!(hear(&mut index, service(1, "somewhere")));
+        let new = index.take_new_faults();
+        assert!(new.len() == 1 && new[0].message.contains("somewhere"));
+        // One of those that are only counted reads again, then a named one makes room.
+        hear(&mut index, service(MOST_FAULTS + 1, "10.0.0.1"));
+        hear(&mut index, service(2, "10.0.0.2"));
+        assert_eq!(
+            (index.faults().count(), index.more_faults()),
+            (MOST_FAULTS - 1, 4)
+        );
+        index.hear(of, Told::Listing, false);
+        index.hear(of, Told::Listed, false);
+        assert_eq!((index.faults().count(), index.more_faults()), (0, 0));
     }
 }

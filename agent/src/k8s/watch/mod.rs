@@ -38,7 +38,7 @@ use index::Index;
 
 pub use index::Fault;
 
-pub(crate) use follow::{Pause, config, is_expired, is_relist, sentence};
+pub(crate) use follow::{Pause, config, config_of_many, endless, is_relist, sentence};
 
 /// After the first change its companions are waited for.
 const GATHER: Duration = Duration::from_millis(50);
@@ -100,6 +100,7 @@ pub async fn run(
         built: Duration::ZERO,
         loaded: Some(loaded),
         has_before,
+        more_faults: 0,
         begun: Instant::now(),
         remind: Instant::now() + REMIND,
     };
@@ -118,19 +119,28 @@ pub async fn run(
     }
 }
 
-/// When the API server did not answer last, and since when.
+/// When the API server did not answer last, and since when. A watch that is cut notices at the end
+/// of an absence as often as at its beginning, so it may have begun with the last word of any watch.
 #[derive(Clone, Copy, Debug, Default)]
 struct Outage {
+    heard: Option<Instant>,
     seen: Option<(Instant, Instant)>,
     told: bool,
 }
 
 impl Outage {
-    fn failed(&mut self, now: Instant) {
+    fn heard(&mut self, now: Instant) {
+        self.heard = Some(now);
+    }
+
+    /// `silent`: nothing came on that connection for so long.
+    fn failed(&mut self, now: Instant, silent: Duration) {
+        let silent = now.checked_sub(silent).unwrap_or(now);
+        let since = self.heard.unwrap_or(now).min(silent);
         let first = match self.seen {
             // Watches try again at least so often.
-            Some((first, last)) if now - last < 3 * follow::LONGEST_PAUSE => first,
-            Some(_) | None => now,
+            Some((first, last)) if now - last < 3 * follow::LONGEST_PAUSE => first.min(silent),
+            Some(_) | None => since,
         };
         self.seen = Some((first, now));
     }
@@ -157,6 +167,8 @@ struct Writer<F> {
     /// Until the first mesh.
     loaded: Option<F>,
     has_before: bool,
+    /// Faults beyond those that are named.
+    more_faults: usize,
     begun: Instant,
     remind: Instant,
 }
@@ -165,8 +177,8 @@ impl<F: FnOnce() + Send> Writer<F> {
     fn hear(&mut self, Message { watched, told }: Message) {
         let now = Instant::now();
         if let Told::Failed { error, away } = told {
-            if away {
-                self.outage.failed(now);
+            if let Some(silent) = away {
+                self.outage.failed(now, silent);
             }
             if !self.outage.told {
                 warn!(%error, kind = watched.resource().kind, "the API server does not answer as it \
@@ -176,8 +188,11 @@ impl<F: FnOnce() + Send> Writer<F> {
             return;
         }
         // A list that begins is no answer yet.
-        if !matches!(told, Told::Listing) && std::mem::take(&mut self.outage.told) {
-            info!("the API server answers again");
+        if !matches!(told, Told::Listing) {
+            self.outage.heard(now);
+            if std::mem::take(&mut self.outage.told) {
+                info!("the API server answers again");
+            }
         }
         let doubtful = self.outage.is_doubtful(now);
         let Some(index) = &mut self.index else { return };
@@ -237,17 +252,20 @@ impl<F: FnOnce() + Send> Writer<F> {
             let mesh = Mesh::build(settings, version, index.objects());
             (index, mesh)
         });
-        let (index, mesh) = match building.await {
+        let (mut index, mesh) = match building.await {
             Ok(done) => done,
             Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
         };
         self.built = begun.elapsed();
 
-        let faults: Vec<_> = index.faults().cloned().collect();
-        let known = Arc::clone(&self.outputs.faults.borrow());
-        for fault in faults.iter().filter(|fault| !known.contains(fault)) {
+        for fault in index.take_new_faults() {
             warn!(%fault, "an object is not in force; what was good before stays");
         }
+        let more = index.more_faults();
+        if std::mem::replace(&mut self.more_faults, more) < more {
+            warn!(more, "and more objects are not in force than are named");
+        }
+        let faults: Vec<_> = index.faults().cloned().collect();
         let reported: BTreeSet<_> = self.store.load().problems.iter().cloned().collect();
         let new = |problem: &&crate::state::Problem| !reported.contains(problem);
         for problem in mesh.problems.iter().filter(new) {

@@ -101,7 +101,7 @@ fn pod(name: &str, node: &str, ip: &str) -> Value {
             "labels": {"app": name},
             "annotations": {"picomesh.io/netns": "/proc/1/ns/net"},
         },
-        "spec": {"nodeName": node, "containers": [{"name": "c", "ports": [
+        "spec": {"nodeName": node, "serviceAccountName": "default", "containers": [{"name": "c", "ports": [
             {"containerPort": 8080}, {"containerPort": 9090, "name": "metrics"},
         ]}]},
         "status": {"phase": "Running", "podIP": ip,
@@ -307,6 +307,18 @@ async fn what_was_deleted_while_the_watch_was_forgotten_is_gone_after_the_list()
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_watch_that_is_refused_begins_from_nothing() {
+    let mut world = World::start(&cluster(), None);
+    world.ready().await;
+    world.api.refuse_old(PODS);
+    world.api.delete(PODS, "shop/b");
+    world
+        .until("the list", |mesh| !mesh.workloads.contains_key("uid-b"))
+        .await;
+    assert!(world.pod("uid-a").is_some());
+}
+
+#[tokio::test(start_paused = true)]
 async fn more_objects_than_fit_a_page_are_all_there() {
     let api = cluster();
     for number in 0..350 {
@@ -316,6 +328,21 @@ async fn more_objects_than_fit_a_page_are_all_there() {
     let mut world = World::start(&api, None);
     world.ready().await;
     assert_eq!(world.store.load().workloads.len(), 352);
+    // Each may have megabytes.
+    assert_eq!(api.largest_page(PODS), Some(16));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_object_that_is_too_long_is_a_fault_and_keeps_its_last_state() {
+    let mut world = World::start(&cluster(), None);
+    world.ready().await;
+    let mut long = pod("a", "n1", "10.1.0.1");
+    long["metadata"]["annotations"] = json!({"x": "x".repeat(600_000)});
+    world.api.put(PODS, long);
+    let fault = world.faulty(true).await[0].clone();
+    assert_eq!((fault.kind, &*fault.name), ("Pod", "a"));
+    assert!(fault.message.contains("at most 524288 are read"), "{fault}");
+    assert!(world.pod("uid-a").is_some());
 }
 
 #[tokio::test(start_paused = true)]
@@ -369,6 +396,37 @@ async fn endpoints_stay_ready_for_a_lease_after_the_api_server_was_away() {
     assert_eq!(ready_endpoints(&world.objects.borrow()), [true, false]);
     sleep(CAREFUL).await;
     assert_eq!(ready_endpoints(&world.objects.borrow()), [false, false]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_absence_counts_from_the_last_word_before_it() {
+    for (quiet, held) in [(60, true), (0, false)] {
+        let mut world = World::start(&cluster(), None);
+        world.ready().await;
+        sleep(Duration::from_secs(60)).await;
+        world.api.put(NAMESPACES, namespace("seen", true));
+        sleep(Duration::from_secs(quiet)).await;
+        // For all that was heard it may have been away all that time.
+        world.api.set_away(true);
+        sleep(Duration::from_secs(2)).await;
+        world.api.set_away(false);
+        sleep(Duration::from_secs(2)).await;
+        world.api.put(SLICES, slice([false, false]));
+        sleep(Duration::from_secs(10)).await;
+        let ready = ready_endpoints(&world.objects.borrow());
+        assert_eq!(ready, [held, held], "after {quiet} quiet seconds");
+    }
+}
+
+#[test]
+fn a_connection_that_fell_silent_was_absent_for_as_long() {
+    let now = Instant::now() + Duration::from_secs(3600);
+    let mut outage = Outage::default();
+    outage.heard(now);
+    outage.failed(now, Duration::ZERO);
+    assert!(!outage.is_doubtful(now));
+    outage.failed(now, Duration::from_secs(150));
+    assert!(outage.is_doubtful(now));
 }
 
 #[tokio::test(start_paused = true)]
@@ -488,4 +546,19 @@ async fn a_pod_that_a_policy_of_the_cnis_selects_stays_outside() {
             mesh.workloads.values().all(|pod| pod.meshed)
         })
         .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn definitions_are_heard_of_after_a_watch_was_refused() {
+    let api = Api::default();
+    let (told, mut known) = watch::channel(None);
+    let following = tokio::spawn(follow::definitions(api.client(), told));
+    known.wait_for(Option::is_some).await.unwrap();
+    api.refuse_old("/apis/apiextensions.k8s.io/v1/customresourcedefinitions");
+    sleep(Duration::from_secs(15)).await;
+    api.define("servers", "policy.linkerd.io", "v1beta3");
+    sleep(Duration::from_secs(1)).await;
+    let name = "servers.policy.linkerd.io";
+    assert!(known.borrow().as_ref().unwrap().contains(name));
+    following.abort();
 }

@@ -513,6 +513,7 @@ fn objects() -> Objects {
             ips: vec![ip.parse().unwrap()],
             host_network: false,
             service_account: name.into(),
+            mirror_of: None,
             labels: Default::default(),
             words,
             ports: Vec::new(),

@@ -140,6 +140,16 @@ fn the_pods_word_wins_over_its_namespaces_and_some_pods_are_never_meshed() {
 }
 
 #[test]
+fn a_mirror_of_a_static_pod_has_no_part_in_the_mesh() {
+    let mirror = "annotations: {kubernetes.io/config.mirror: 5e1f}";
+    let pods = meshed_namespace("shop", "") + &pod("shop/a", "n1", &["10.1.0.1"], mirror);
+    let mesh = mesh(&pods);
+    let workload = workload(&mesh, "shop/a");
+    assert!(!workload.meshed);
+    assert_eq!(workload.mirror_of.as_deref(), Some("5e1f"));
+}
+
+#[test]
 fn words_of_the_pod_win_over_those_of_the_namespace_and_those_over_the_meshs() {
     let namespace = meshed_namespace(
         "shop",
