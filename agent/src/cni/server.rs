@@ -56,7 +56,7 @@ const LOOK: Duration = Duration::from_millis(10);
 /// How a pod stands, as far as the agent knows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Standing {
-    /// Nobody has told us of it yet.
+    /// Nobody has told us of it yet, or of its namespace.
     Unknown,
     /// It is not to be captured.
     NotMeshed,
@@ -256,8 +256,8 @@ impl Call<'_> {
                 Standing::Unknown if waited >= self.patience.known => {
                     let seconds = waited.as_secs();
                     return Answer::unknown(format!(
-                        "it has not heard of the pod within {seconds} s; does it reach the API \
-                         server?"
+                        "it has not heard of the pod and its namespace within {seconds} s; does \
+                         it reach the API server?"
                     ));
                 }
                 Standing::Awaited { reason } if waited >= self.patience.captured => {
