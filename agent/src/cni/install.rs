@@ -7,7 +7,7 @@
 //! the other stays as it is.
 //!
 //! **Every step is one rename**, and each leaves a configuration that works: the program is there
-//! before the entry, and the entry is gone before the program. What is not understood is reported
+//! before the entry, and the program goes only when no configuration is found that has it. What is not understood is reported
 //! and left alone; the runtime would not read it either.
 //!
 //! **Others write here too.** Network plugins write their configuration anew when they start.
@@ -29,6 +29,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    thread,
     time::Duration,
 };
 
@@ -42,7 +43,7 @@ use tokio::{
 use tracing::{debug, info, warn};
 
 use self::{
-    files::{Dir, Text, read_program},
+    files::{Dir, Text, mentions, read_program},
     places::PLACES,
     wake::Watch,
 };
@@ -57,6 +58,8 @@ const MAX_FILES: usize = 1024;
 const MAX_PROGRAM: u64 = 64 * 1024 * 1024;
 /// After the first change its companions are waited for.
 const GATHER: Duration = Duration::from_millis(100);
+/// How often a file that somebody else is writing is tried in one go.
+const TRIES: u32 = 5;
 /// Looked at this often without being told.
 const POLL: Duration = Duration::from_secs(5);
 
@@ -104,6 +107,11 @@ pub enum InstallError {
     #[error("{path} is written by somebody else all the time; it is tried again")]
     Contended { path: PathBuf },
     #[error(
+        "{path} still names {PLUGIN}, so its program and what that goes by stay: without them no pod \
+         would start; take the entry out of the file, then run: picomesh-agent cleanup"
+    )]
+    StillNamed { path: PathBuf },
+    #[error(
         "{configuration} names the plugin {plugin}, which is in none of {looked}; name its directory \
          with --cni-bin-dir"
     )]
@@ -119,6 +127,8 @@ pub enum InstallError {
 pub struct Removed {
     pub done: Vec<PathBuf>,
     pub problems: Vec<InstallError>,
+    /// No configuration of the node names the plugin any more: nobody misses what it needs.
+    pub unplugged: bool,
 }
 
 pub struct Installer {
@@ -185,6 +195,40 @@ impl Installer {
         }
     }
 
+    /// The opposite of [`Installer::keep`]: takes out what an agent before has put there, and ends
+    /// when that is done. What the plugin goes by stays, for one that is only just being called.
+    pub async fn keep_out(
+        self: Arc<Self>,
+        writes: Arc<AtomicBool>,
+        told: watch::Sender<Installed>,
+        mut drain: drain::Guard,
+    ) {
+        loop {
+            if writes.load(Ordering::Acquire) {
+                let installer = Arc::clone(&self);
+                let Ok(removed) = spawn_blocking(move || installer.unplug()).await else {
+                    // The runtime ends.
+                    return;
+                };
+                for path in removed.done {
+                    info!(path = %path.display(), "the CNI plugin is taken off the node");
+                }
+                let Some(problem) = removed.problems.first() else {
+                    told.send_replace(Installed::No);
+                    return;
+                };
+                let failed = Installed::Failed(problem.to_string());
+                if told.send_replace(failed.clone()) != failed {
+                    warn!(%problem, "the CNI plugin cannot be taken off the node");
+                }
+            }
+            tokio::select! {
+                () = drain.begun() => return,
+                () = sleep(POLL) => {}
+            }
+        }
+    }
+
     /// Puts in what is missing; says which files were written.
     pub fn ensure(&self) -> Result<(Installed, Vec<PathBuf>), InstallError> {
         let Some(network) = self.network()? else {
@@ -235,17 +279,39 @@ impl Installer {
     }
 
     /// Takes out everything of ours, wherever a distribution could have it. What others have there
-    /// stays as it is now.
+    /// stays as it is now. A runtime that finds our entry and not our program starts no pod, so as
+    /// long as one configuration names the plugin everything that it needs stays.
     pub fn remove(&self) -> Removed {
+        let mut removed = self.unplug();
+        if removed.unplugged {
+            // Last: a plugin that still runs must not miss it.
+            self.forget_intent(&mut removed);
+        }
+        removed
+    }
+
+    /// The entry, and if no configuration has it any more the program.
+    fn unplug(&self) -> Removed {
         let mut removed = Removed::default();
         let mut bins = Vec::new();
+        let mut named = false;
         for (conf, candidates) in self.places() {
             match Dir::open(&self.settings.host_root, &conf) {
-                Ok(Some(dir)) => take_out(&dir, None, &mut removed),
+                Ok(Some(dir)) => {
+                    take_out(&dir, None, &mut removed);
+                    named |= self.is_named(&dir, &mut removed);
+                }
                 Ok(None) => {}
-                Err(source) => removed.problems.push(at(conf)(source)),
+                Err(source) => {
+                    named = true;
+                    removed.problems.push(at(conf)(source));
+                }
             }
             bins.extend(candidates);
+        }
+        removed.unplugged = !named;
+        if named {
+            return removed;
         }
         for path in bins {
             let gone = Dir::open(&self.settings.host_root, &path).and_then(|dir| match dir {
@@ -254,9 +320,30 @@ impl Installer {
             });
             removed.note(path.join(PLUGIN), gone);
         }
-        // Last: a plugin that still runs must not miss it.
-        self.forget_intent(&mut removed);
         removed
+    }
+
+    /// Does any configuration still name the plugin? One that cannot be read might.
+    fn is_named(&self, dir: &Dir, removed: &mut Removed) -> bool {
+        let names = match dir.names(MAX_FILES) {
+            Ok(names) => names,
+            Err(source) => {
+                removed.problems.push(at(dir.path.clone())(source));
+                return true;
+            }
+        };
+        let mut named = false;
+        for name in names.iter().filter(|name| is_configuration(name)) {
+            let path = dir.named(name);
+            let root = &self.settings.host_root;
+            match mentions(root, &path, PLUGIN, conflist::MAX_BYTES) {
+                Ok(false) => continue,
+                Ok(true) => removed.problems.push(InstallError::StillNamed { path }),
+                Err(source) => removed.problems.push(at(path)(source)),
+            }
+            named = true;
+        }
+        named
     }
 
     fn forget_intent(&self, removed: &mut Removed) {
@@ -417,26 +504,36 @@ fn take_out(dir: &Dir, kept: Option<&str>, removed: &mut Removed) {
         if !is_list(&name) {
             continue;
         }
-        if let Err(source) = dir.tidy(&name) {
-            removed.problems.push(at(path.clone())(source));
-        }
-        let Ok(read) = dir.read(&name, conflist::MAX_BYTES) else {
-            continue;
-        };
-        let Ok(text) = String::from_utf8(read.bytes.clone()) else {
-            continue;
-        };
-        if !text.contains(PLUGIN) {
-            continue;
-        }
-        let done = edited(conflist::without_entry(&text), &path).and_then(|new| match new {
-            Some(new) => replace(dir, &name, Some(&read), &new).map(|()| true),
-            None => Ok(false),
-        });
-        match done {
+        match take_out_of(dir, &name) {
             Ok(true) => removed.done.push(path),
             Ok(false) => {}
             Err(problem) => removed.problems.push(problem),
+        }
+    }
+}
+
+/// True: our entry was there.
+fn take_out_of(dir: &Dir, name: &str) -> Result<bool, InstallError> {
+    let path = dir.named(name);
+    dir.tidy(name).map_err(at(path.clone()))?;
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        // What cannot be read is told by whoever must know that nobody names us any more.
+        let Ok(read) = dir.read(name, conflist::MAX_BYTES) else {
+            return Ok(false);
+        };
+        let text = match std::str::from_utf8(&read.bytes) {
+            Ok(text) if text.contains(PLUGIN) => text,
+            Ok(_) | Err(_) => return Ok(false),
+        };
+        let Some(new) = edited(conflist::without_entry(text), &path)? else {
+            return Ok(false);
+        };
+        match replace(dir, name, Some(&read), &new) {
+            Ok(()) => return Ok(true),
+            Err(InstallError::Contended { .. }) if tries < TRIES => thread::sleep(GATHER),
+            Err(error) => return Err(error),
         }
     }
 }

@@ -91,8 +91,9 @@ pub struct RunArgs {
     pub(super) dirs: DirArgs,
     #[command(flatten)]
     pub(super) cni: CniArgs,
-    /// Do not put the CNI plugin into the node's network configuration. Pods are then captured a
-    /// moment after their first container has started.
+    /// Do not put the CNI plugin into the node's network configuration, and take it out if an agent
+    /// before has put it there. Pods are then captured a moment after their first container has
+    /// started.
     #[arg(long, env = "PICOMESH_NO_CNI")]
     pub(super) no_cni: bool,
     /// Trust domain of the workloads' identities.

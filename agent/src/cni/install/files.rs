@@ -194,6 +194,41 @@ fn waiting(name: &str) -> String {
     format!(".{name}{NEW}")
 }
 
+/// Does `word` stand in the file that `path` leads to on the node? Links are followed, as a runtime
+/// would; what is no file, or is not there, says nothing.
+pub(super) fn mentions(root: &Path, path: &Path, word: &str, longest: usize) -> io::Result<bool> {
+    let root = open(
+        root,
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?;
+    let opened = openat2(
+        root,
+        path,
+        OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC,
+        Mode::empty(),
+        ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS,
+    );
+    let file = match opened {
+        Ok(file) => File::from(file),
+        Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => return Ok(false),
+        Err(error) => return Err(error.into()),
+    };
+    if !file.metadata()?.is_file() {
+        return Ok(false);
+    }
+    let mut bytes = Vec::new();
+    file.take(longest as u64 + 1).read_to_end(&mut bytes)?;
+    let word = word.as_bytes();
+    if bytes.windows(word.len()).any(|part| part == word) {
+        return Ok(true);
+    }
+    if bytes.len() > longest {
+        return Err(io::Error::other(format!("has more than {longest} bytes")));
+    }
+    Ok(false)
+}
+
 /// A program of ours, to be copied.
 pub(super) fn read_program(path: &Path, longest: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();

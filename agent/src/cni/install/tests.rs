@@ -302,17 +302,90 @@ fn what_cannot_be_read_is_reported_and_left_alone() {
 }
 
 #[test]
-fn cleaning_up_a_broken_list_of_ours_is_reported_and_the_rest_is_removed() {
+fn what_the_plugin_needs_stays_while_a_configuration_names_it() {
+    let broken = "{\"plugins\": [ {\"type\":\"picomesh-cni\"}";
+    let long = format!("{FLANNEL}{}", " ".repeat(conflist::MAX_BYTES));
+    for (text, word) in [(broken, "still names"), (&long, "more than")] {
+        let node = Node::kubeadm();
+        node.installed();
+        node.file("/etc/cni/net.d/20-other.conflist", text);
+        node.file("/var/lib/picomesh/cni.json", "{}");
+        let removed = node.installer().remove();
+        assert!(!removed.unplugged);
+        let told: Vec<_> = removed.problems.iter().map(ToString::to_string).collect();
+        let is_told = |line: &String| line.contains("20-other") && line.contains(word);
+        assert!(told.iter().any(is_told), "{told:?}");
+        assert_eq!(node.read("/etc/cni/net.d/20-other.conflist"), text);
+        assert_eq!(node.read("/etc/cni/net.d/10-flannel.conflist"), FLANNEL);
+        assert!(node.path("/opt/cni/bin/picomesh-cni").exists());
+        assert!(node.path("/var/lib/picomesh/cni.json").exists());
+
+        fs::remove_file(node.path("/etc/cni/net.d/20-other.conflist")).unwrap();
+        let removed = node.installer().remove();
+        assert!(removed.unplugged && removed.problems.is_empty());
+        assert!(!node.path("/opt/cni/bin/picomesh-cni").exists());
+        assert!(!node.path("/var/lib/picomesh/cni.json").exists());
+    }
+}
+
+#[test]
+fn a_link_to_a_list_that_names_the_plugin_counts() {
     let node = Node::kubeadm();
+    node.installed();
+    node.file("/elsewhere", &node.read("/etc/cni/net.d/10-flannel.conflist"));
+    symlink("/elsewhere", node.path("/etc/cni/net.d/30-link.conflist")).unwrap();
+    symlink("/nowhere", node.path("/etc/cni/net.d/40-link.conflist")).unwrap();
+    fs::create_dir(node.path("/etc/cni/net.d/50-dir.conf")).unwrap();
+    let removed = node.installer().remove();
+    assert_eq!(removed.problems.len(), 1, "{:?}", removed.problems);
+    assert!(removed.problems[0].to_string().contains("30-link"));
+    assert!(node.path("/opt/cni/bin/picomesh-cni").exists());
+}
+
+#[test]
+fn a_list_that_somebody_is_changing_is_tried_again() {
+    let node = Node::kubeadm();
+    let before = node.everything();
+    node.installed();
+    let conf = node.path("/etc/cni/net.d/10-flannel.conflist");
+    let mode = fs::metadata(&conf).unwrap().permissions();
+    let busy = Arc::new(AtomicBool::new(true));
+    let changing = {
+        let busy = Arc::clone(&busy);
+        thread::spawn(move || {
+            while busy.load(Ordering::Acquire) {
+                // Between our own removal and renaming it is not there.
+                let _moment = fs::set_permissions(&conf, mode.clone());
+            }
+        })
+    };
+    let installer = node.installer();
+    let removing = thread::spawn(move || installer.remove());
+    thread::sleep(2 * GATHER);
+    busy.store(false, Ordering::Release);
+    changing.join().unwrap();
+    let removed = removing.join().unwrap();
+    assert!(removed.unplugged, "{:?}", removed.problems);
+    assert_eq!(node.everything(), before);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_the_plugin_what_an_agent_before_has_put_there_goes() {
+    let node = Node::kubeadm();
+    let before = node.everything();
     node.installed();
     let broken = "{\"plugins\": [ {\"type\":\"picomesh-cni\"}";
     node.file("/etc/cni/net.d/20-broken.conflist", broken);
-    let removed = node.installer().remove();
-    assert_eq!(removed.problems.len(), 1, "{:?}", removed.problems);
-    assert!(removed.problems[0].to_string().contains("20-broken"));
-    assert_eq!(node.read("/etc/cni/net.d/20-broken.conflist"), broken);
-    assert_eq!(node.read("/etc/cni/net.d/10-flannel.conflist"), FLANNEL);
-    assert!(!node.path("/opt/cni/bin/picomesh-cni").exists());
+    let (told, seen) = watch::channel(Installed::No);
+    let (_drain, guard) = drain::Drain::new();
+    let writes = Arc::new(AtomicBool::new(true));
+    let kept = tokio::spawn(Arc::new(node.installer()).keep_out(writes, told, guard));
+    until("told", || matches!(*seen.borrow(), Installed::Failed(_))).await;
+    assert!(node.path("/opt/cni/bin/picomesh-cni").exists());
+    fs::remove_file(node.path("/etc/cni/net.d/20-broken.conflist")).unwrap();
+    kept.await.unwrap();
+    assert_eq!(*seen.borrow(), Installed::No);
+    assert_eq!(node.everything(), before);
 }
 
 #[test]
