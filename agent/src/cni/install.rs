@@ -234,43 +234,51 @@ impl Installer {
         let Some(network) = self.network()? else {
             return Ok((Installed::NoNetwork, Vec::new()));
         };
+        let done = self.put_in(&network);
+        if let Err(InstallError::Malformed {
+            why: conflist::Malformed::Version(_),
+            ..
+        }) = done
+        {
+            // Its version was changed below our entry, or an agent before had let it pass.
+            take_out_others(&network.dir, None);
+        }
+        done
+    }
+
+    fn put_in(&self, network: &Network) -> Result<(Installed, Vec<PathBuf>), InstallError> {
         let mut written = Vec::new();
-        let bin = self.bin_of(&network)?;
+        let bin = self.bin_of(network)?;
+        let (dir, read) = (&network.dir, &network.read);
+        let path = dir.named(&network.name);
+        let listed = is_list(&network.name);
+        // Ours, and what it shall hold, unless it does already.
+        let (name, new) = if listed {
+            let new = edited(conflist::with_entry(&network.text, &self.entry), &path)?;
+            (network.name.clone(), new)
+        } else {
+            let list = edited(conflist::from_single(&network.text, &self.entry), &path)?;
+            let made = made_of(&network.name);
+            let there = dir.read(&made, conflist::MAX_BYTES);
+            let same = there.is_ok_and(|there| there.bytes == list.as_bytes());
+            (made, (!same).then_some(list))
+        };
         let program = bin.named(PLUGIN);
         if self.copy_program(&bin)? {
             written.push(program.clone());
         }
-        let configuration = if is_list(&network.name) {
-            let path = network.dir.named(&network.name);
-            if let Some(new) = edited(conflist::with_entry(&network.text, &self.entry), &path)? {
-                let (name, read) = (&network.name, &network.read);
-                replace(&network.dir, name, Some(read), &new)?;
-                written.push(path.clone());
+        let configuration = dir.named(&name);
+        if let Some(new) = new {
+            if listed {
+                replace(dir, &name, Some(read), &new)?;
+            } else {
+                let put = dir.put(&name, new.as_bytes(), read.mode);
+                put.map_err(at(configuration.clone()))?;
             }
-            path
-        } else {
-            let path = network.dir.named(&network.name);
-            let list = edited(conflist::from_single(&network.text, &self.entry), &path)?;
-            let made = made_of(&network.name);
-            let there = network.dir.read(&made, conflist::MAX_BYTES).ok();
-            if there
-                .as_ref()
-                .is_none_or(|there| there.bytes != list.as_bytes())
-            {
-                let put = network.dir.put(&made, list.as_bytes(), network.read.mode);
-                put.map_err(at(network.dir.named(&made)))?;
-                written.push(network.dir.named(&made));
-            }
-            network.dir.named(&made)
-        };
-        // What the runtime used before, and uses no more.
-        let kept = configuration.file_name().and_then(|name| name.to_str());
-        let mut removed = Removed::default();
-        take_out(&network.dir, kept, &mut removed);
-        written.extend(removed.done);
-        for problem in removed.problems {
-            debug!(%problem, "a configuration that is not used");
+            written.push(configuration.clone());
         }
+        // What the runtime used before, and uses no more.
+        written.extend(take_out_others(dir, Some(&name)));
         let now = Installed::At {
             configuration,
             program,
@@ -510,6 +518,16 @@ fn take_out(dir: &Dir, kept: Option<&str>, removed: &mut Removed) {
             Err(problem) => removed.problems.push(problem),
         }
     }
+}
+
+/// Takes ours out of what the runtime does not use; says which files were written.
+fn take_out_others(dir: &Dir, kept: Option<&str>) -> Vec<PathBuf> {
+    let mut removed = Removed::default();
+    take_out(dir, kept, &mut removed);
+    for problem in removed.problems {
+        debug!(%problem, "a configuration that is not used");
+    }
+    removed.done
 }
 
 /// True: our entry was there.

@@ -329,6 +329,35 @@ fn what_the_plugin_needs_stays_while_a_configuration_names_it() {
 }
 
 #[test]
+fn a_version_that_the_plugin_does_not_know_is_left_without_it() {
+    let node = Node::kubeadm();
+    let conf = "/etc/cni/net.d/10-flannel.conflist";
+    let newer = FLANNEL.replace("0.3.1", "1.2.0");
+    node.file(conf, &newer);
+    let before = node.everything();
+    let error = node.installer().ensure().unwrap_err().to_string();
+    assert!(error.contains("\"1.2.0\""), "{error}");
+    assert_eq!(node.everything(), before);
+
+    // Somebody has changed the version below our entry.
+    node.file(conf, FLANNEL);
+    node.installed();
+    for version in ["1.2.0", "0.2.0"] {
+        let with = node.read(conf).replace("0.3.1", version);
+        assert!(with.contains(PLUGIN));
+        node.file(conf, &with);
+        node.installer().ensure().unwrap_err();
+        assert_eq!(node.read(conf), FLANNEL.replace("0.3.1", version));
+        // And at the end the same, where no agent had looked in between.
+        node.file(conf, &with);
+        assert!(node.installer().remove().unplugged);
+        assert_eq!(node.read(conf), FLANNEL.replace("0.3.1", version));
+        node.file(conf, FLANNEL);
+        node.installed();
+    }
+}
+
+#[test]
 fn a_link_to_a_list_that_names_the_plugin_counts() {
     let node = Node::kubeadm();
     node.installed();
