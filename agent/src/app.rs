@@ -69,6 +69,7 @@ use crate::{cni, local::Netns};
 use estate::{Estate, HeldDirs};
 use keeping::{Keeper, Known};
 use place::{Dirs, Heritage, Place};
+use desired::Told;
 use sockets::SocketNames;
 use source::{Cluster, Source};
 
@@ -300,9 +301,9 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
         &mut tasks,
     ))
     .await?;
-    let unknown = match cluster {
-        None => desired::SAY_NETNS,
-        Some(_) => desired::FIND_NETNS,
+    let told = match cluster {
+        None => Told::ByManifests,
+        Some(_) => Told::ByCluster,
     };
 
     // Who we are. Requests for certificates go out now, and are answered while the rest starts.
@@ -380,7 +381,7 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
 
     // The kernel: adopts what is pinned, then captures what is missing. From here on nobody else
     // repairs; each pod's listeners are put in the place of those before in one step.
-    let pods = desired::pods(&mesh.load(), &netns.borrow(), unknown);
+    let pods = desired::pods(&mesh.load(), &netns.borrow(), told);
     let first = pods.desired.clone();
     let (desired, desired_seen) = watch::channel(pods.desired);
     let (lost, lost_seen) = watch::channel(Arc::new(pods.lost));
@@ -427,7 +428,7 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
     let follow = tokio::spawn(follow_mesh(Follow {
         mesh,
         netns,
-        unknown,
+        told,
         asked: cluster
             .as_ref()
             .map(|cluster| cluster.finding.asked.clone()),
@@ -676,8 +677,7 @@ async fn remove(settings: DatapathSettings, dirs: Option<Dirs>) {
 struct Follow {
     mesh: Arc<MeshStore>,
     netns: watch::Receiver<Netns>,
-    /// What is said of a pod that is not in there.
-    unknown: &'static str,
+    told: Told,
     /// Whom to ask for one that is not in there.
     asked: Option<Arc<Notify>>,
     needed: desired::Identities,
@@ -699,7 +699,7 @@ async fn follow_mesh(mut follow: Follow) {
         {
             let mesh = follow.mesh.load();
             let netns = follow.netns.borrow_and_update().clone();
-            let pods = desired::pods(&mesh, &netns, follow.unknown);
+            let pods = desired::pods(&mesh, &netns, follow.told);
             let Some(desired) = follow.desired.upgrade() else {
                 return;
             };
