@@ -19,6 +19,7 @@ mod keeping;
 mod place;
 mod run_dir;
 mod sockets;
+mod search;
 mod source;
 pub mod standing;
 mod views;
@@ -46,7 +47,7 @@ use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::{Notify, mpsc, watch},
     task::{AbortHandle, JoinHandle, spawn_blocking},
-    time::{MissedTickBehavior, interval, sleep},
+    time::{MissedTickBehavior, interval, sleep, sleep_until},
 };
 use tracing::{info, warn};
 
@@ -69,7 +70,7 @@ use crate::{cni, local::Netns};
 use estate::{Estate, HeldDirs};
 use keeping::{Keeper, Known};
 use place::{Dirs, Heritage, Place};
-use desired::Told;
+use search::Search;
 use sockets::SocketNames;
 use source::{Cluster, Source};
 
@@ -84,8 +85,6 @@ const TURN_AT_START: Duration = Duration::from_millis(100);
 /// Less processor time than this in a turn is none to speak of, and what more has left behind is
 /// worth giving back. An idle agent takes tens of seconds for so much.
 const CALM: Duration = Duration::from_millis(20);
-/// How soon a pod is looked for that nobody has told of; the kubelet may only be making it.
-const SEARCHED: Duration = Duration::from_millis(500);
 /// For what has nothing to do with connections, once those have ended.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 /// How soon after the signal to end a removal of the mesh must show to count.
@@ -712,13 +711,11 @@ async fn follow_mesh(mut follow: Follow) {
                 if changed {
                     current.clone_from(&pods.desired);
                 }
+    let mut search = Search::default();
                 changed
             });
-            searched = follow
-                .asked
-                .as_ref()
-                .filter(|_| !pods.lost.is_empty())
-                .cloned();
+            let due = search.next(&pods.lost, now);
+            searched = follow.asked.clone().zip(due);
             follow.lost.send_replace(Arc::new(pods.lost));
             follow.metrics.sweep(&desired::live(&mesh), now);
         }
@@ -726,7 +723,8 @@ async fn follow_mesh(mut follow: Follow) {
             changed = changed.changed() => if changed.is_err() { return },
             changed = follow.netns.changed() => if changed.is_err() { return },
             _ = ticks.tick() => {}
-            () = sleep(SEARCHED), if searched.is_some() => if let Some(asked) = searched {
+            asked = due(searched) => {
+                search.looked(Instant::now());
                 asked.notify_one();
             },
         }
@@ -759,6 +757,7 @@ async fn give_memory_back(readiness: Readiness, mut changes: watch::Receiver<u64
     loop {
         sleep(if ready { TURN } else { TURN_AT_START }).await;
         ready = ready || readiness.pending().is_empty();
+        None => std::future::pending().await,
         if changes.has_changed().is_ok_and(|changed| changed) {
             changes.mark_unchanged();
             settled = None;
