@@ -80,6 +80,8 @@ pub use run_dir::{RunDir, RunDirError};
 /// Events of the datapath that wait for the data threads.
 const EVENTS: usize = 64;
 /// How often memory that is free is looked for.
+/// What an agent that serves may still be waiting for.
+const CERTIFICATES: &str = "certificates";
 const TURN: Duration = Duration::from_secs(1);
 const TURN_AT_START: Duration = Duration::from_millis(100);
 /// Less processor time than this in a turn is none to speak of, and what more has left behind is
@@ -242,7 +244,7 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
     // one who answers until we are ready.
     let readiness = Readiness::new();
     let manifests_read = readiness.register("manifests");
-    let certificates_held = readiness.register("certificates");
+    let certificates_held = readiness.register(CERTIFICATES);
     let pods_tried = readiness.register("pods");
     let metrics = Metrics::new(MetricsSettings {
         data_threads: config.data_threads,

@@ -340,6 +340,9 @@ pub struct ProbeArgs {
 pub enum ProbeArg {
     /// It serves, and nothing is awaited.
     Ready,
+    /// It serves what it can: the mesh is known and every pod was tried. Certificates may still be
+    /// awaited, from a signer that is away.
+    Serves,
     /// It answers, or has handed over to another.
     Live,
 }
