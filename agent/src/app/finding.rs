@@ -189,7 +189,7 @@ fn remove_intent(intent: &Path) -> io::Result<()> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         Ok(()) | Err(_) => {}
     }
-    // In a container it is a mount, which its own end removes.
+    // In a container it is the node's, mounted, and stays: empty it does no harm.
     let _others_keep_it = intent.parent().map(fs::remove_dir);
     Ok(())
 }

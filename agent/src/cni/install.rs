@@ -232,7 +232,13 @@ impl Installer {
     /// Puts in what is missing; says which files were written.
     pub fn ensure(&self) -> Result<(Installed, Vec<PathBuf>), InstallError> {
         let Some(network) = self.network()? else {
-            return Ok((Installed::NoNetwork, Vec::new()));
+            // A list that was made of what is gone would be all that the runtime finds.
+            let mut written = Vec::new();
+            for (conf, _) in self.places() {
+                let dir = Dir::open(&self.settings.host_root, &conf).map_err(at(conf))?;
+                written.extend(dir.iter().flat_map(|dir| take_out_others(dir, None)));
+            }
+            return Ok((Installed::NoNetwork, written));
         };
         let done = self.put_in(&network);
         if let Err(InstallError::Malformed {

@@ -252,6 +252,22 @@ fn a_single_configuration_gets_a_list_that_comes_first_and_stays_as_it_is() {
 }
 
 #[test]
+fn a_list_goes_with_the_configuration_that_it_was_made_of() {
+    let node = Node::new();
+    node.file("/opt/cni/bin/bridge", "");
+    node.file("/etc/cni/net.d/10-net.conf", BRIDGE);
+    node.installed();
+    fs::remove_file(node.path("/etc/cni/net.d/10-net.conf")).unwrap();
+    let (now, written) = node.installer().ensure().unwrap();
+    assert_eq!((now, written.len()), (Installed::NoNetwork, 1));
+    assert!(
+        !node
+            .path("/etc/cni/net.d/10-net-picomesh.conflist")
+            .exists()
+    );
+}
+
+#[test]
 fn when_another_list_comes_first_the_entry_moves_there() {
     let node = Node::kubeadm();
     node.installed();
