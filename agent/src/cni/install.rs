@@ -103,6 +103,11 @@ pub enum InstallError {
     Malformed {
         path: PathBuf,
         why: conflist::Malformed,
+    #[error(
+        "{path}: {source}; chown its directory to root, or give the agent the capability \
+         DAC_OVERRIDE: without it root may write only where its owner is root"
+    )]
+    Denied { path: PathBuf, source: io::Error },
     },
     #[error("{path} is written by somebody else all the time; it is tried again")]
     Contended { path: PathBuf },
@@ -579,7 +584,13 @@ fn edited<T>(edited: Result<T, conflist::Malformed>, path: &Path) -> Result<T, I
 }
 
 fn at(path: PathBuf) -> impl FnOnce(io::Error) -> InstallError {
-    move |source| InstallError::File { path, source }
+    move |source| {
+        if source.kind() == io::ErrorKind::PermissionDenied {
+            InstallError::Denied { path, source }
+        } else {
+            InstallError::File { path, source }
+        }
+    }
 }
 
 /// What runtimes look at.

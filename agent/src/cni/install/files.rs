@@ -160,7 +160,7 @@ impl Dir {
         if let Some((user, group)) = owner {
             let found = file.metadata()?;
             if (found.uid(), found.gid()) != (user, group) {
-                fchown(&file, Some(user), Some(group))?;
+                or_denied(fchown(&file, Some(user), Some(group)))?;
             }
         }
         file.set_permissions(fs::Permissions::from_mode(mode))?;
@@ -171,6 +171,14 @@ impl Dir {
     fn sync(&self) -> io::Result<()> {
         // The open descriptor is for paths alone; this one can be synced.
         File::open(self.at())?.sync_all()
+    }
+}
+
+/// Without CAP_CHOWN the file becomes ours. Whoever reads it is root, or may by its mode.
+fn or_denied(chown: io::Result<()>) -> io::Result<()> {
+    match chown {
+        Err(error) if error.raw_os_error() == Some(rustix::io::Errno::PERM.raw_os_error()) => Ok(()),
+        done => done,
     }
 }
 
@@ -282,6 +290,13 @@ mod tests {
         assert!(!dir.replace("a.conflist", None, b"three").unwrap());
         assert_eq!(fs::read(&path).unwrap(), b"two");
         assert_eq!(dir.names(10).unwrap(), ["a.conflist"]);
+    }
+
+    #[test]
+    fn a_file_whose_owner_we_may_not_name_is_written_all_the_same() {
+        let failed = |errno: rustix::io::Errno| Err(errno.into());
+        or_denied(failed(rustix::io::Errno::PERM)).unwrap();
+        or_denied(failed(rustix::io::Errno::ROFS)).unwrap_err();
     }
 
     #[test]

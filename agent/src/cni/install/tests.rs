@@ -268,6 +268,13 @@ fn a_list_goes_with_the_configuration_that_it_was_made_of() {
 }
 
 #[test]
+fn a_directory_that_is_not_roots_is_told_with_the_remedy() {
+    let denied = io::Error::from(io::ErrorKind::PermissionDenied);
+    let told = at("/opt/cni/bin/x".into())(denied).to_string();
+    assert!(told.contains("/opt/cni/bin/x") && told.contains("DAC_OVERRIDE"), "{told}");
+}
+
+#[test]
 fn when_another_list_comes_first_the_entry_moves_there() {
     let node = Node::kubeadm();
     node.installed();
