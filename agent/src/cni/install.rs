@@ -23,6 +23,7 @@ mod places;
 mod wake;
 
 use std::{
+    collections::VecDeque,
     fs, io,
     path::{Path, PathBuf},
     sync::{
@@ -30,7 +31,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use serde_json::json;
@@ -60,6 +61,9 @@ const MAX_PROGRAM: u64 = 64 * 1024 * 1024;
 const GATHER: Duration = Duration::from_millis(100);
 /// How often a file that somebody else is writing is tried in one go.
 const TRIES: u32 = 5;
+/// More repairs than this within [`QUARREL`] are a quarrel: somebody puts back what we replace.
+const REPAIRS: usize = 3;
+const QUARREL: Duration = Duration::from_secs(60);
 /// Looked at this often without being told.
 const POLL: Duration = Duration::from_secs(5);
 
@@ -99,15 +103,15 @@ pub enum Installed {
 pub enum InstallError {
     #[error("{path}: {source}")]
     File { path: PathBuf, source: io::Error },
-    #[error("{path} {why}; it is left alone, and pods are captured only after they have started")]
-    Malformed {
-        path: PathBuf,
-        why: conflist::Malformed,
     #[error(
         "{path}: {source}; chown its directory to root, or give the agent the capability \
          DAC_OVERRIDE: without it root may write only where its owner is root"
     )]
     Denied { path: PathBuf, source: io::Error },
+    #[error("{path} {why}; it is left alone, and pods are captured only after they have started")]
+    Malformed {
+        path: PathBuf,
+        why: conflist::Malformed,
     },
     #[error("{path} is written by somebody else all the time; it is tried again")]
     Contended { path: PathBuf },
@@ -175,25 +179,33 @@ impl Installer {
     ) {
         let changed = Arc::new(Notify::new());
         let mut watcher = Watch::new(&changed);
+        let mut repairs = Repairs::default();
         loop {
             if let Some(watcher) = &mut watcher {
                 watcher.follow(&self.directories());
             }
+            let mut rest = None;
             if writes.load(Ordering::Acquire) {
                 let installer = Arc::clone(&self);
                 let done = spawn_blocking(move || installer.ensure()).await;
-                let (now, mended) = match done {
+                let (mut now, mended) = match done {
                     Ok(Ok((now, mended))) => (now, mended),
                     Ok(Err(error)) => (Installed::Failed(error.to_string()), Vec::new()),
                     // The runtime ends.
                     Err(_) => return,
                 };
+                rest = repairs.rest(&mended, Instant::now());
+                if rest.is_some() {
+                    now = Installed::Failed(repairs.sentence());
+                }
                 let before = told.send_replace(now.clone());
                 report(&before, &now, &mended);
             }
             tokio::select! {
                 () = drain.begun() => return,
-                waited = timeout(POLL, changed.notified()) => if waited.is_ok() {
+                // Not woken before: the other's change would do that at once.
+                () = sleep(rest.unwrap_or_default()), if rest.is_some() => {}
+                waited = timeout(POLL, changed.notified()), if rest.is_none() => if waited.is_ok() {
                     sleep(GATHER).await;
                 },
             }
@@ -495,6 +507,37 @@ impl Installer {
             }
         }
         all
+    }
+}
+
+/// Files that were put right of late, so that two who each put theirs back do not do it without end.
+#[derive(Default)]
+struct Repairs {
+    times: VecDeque<Instant>,
+    last: PathBuf,
+}
+
+impl Repairs {
+    /// How long to leave it alone; `None`: nobody quarrels.
+    fn rest(&mut self, written: &[PathBuf], now: Instant) -> Option<Duration> {
+        if let Some(path) = written.last() {
+            self.times.push_back(now);
+            self.last.clone_from(path);
+        }
+        let old = |then: &Instant| now.saturating_duration_since(*then) >= QUARREL;
+        while self.times.front().is_some_and(old) {
+            self.times.pop_front();
+        }
+        let more = u32::try_from(self.times.len().checked_sub(REPAIRS + 1)?).unwrap_or(u32::MAX);
+        Some((2 * GATHER * 2_u32.saturating_pow(more)).min(POLL))
+    }
+
+    fn sentence(&self) -> String {
+        format!(
+            "somebody restores {} whenever the CNI plugin's entry is put in; find out who, or set \
+             --no-cni",
+            self.last.display()
+        )
     }
 }
 

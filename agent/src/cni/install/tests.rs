@@ -472,6 +472,49 @@ fn a_configuration_that_is_a_link_is_left_alone() {
     assert_eq!(node.read("/elsewhere"), FLANNEL);
 }
 
+#[test]
+fn who_puts_back_what_we_replace_is_given_way_more_and_more() {
+    let (mut repairs, mut now) = (Repairs::default(), Instant::now());
+    let written = [PathBuf::from("/etc/cni/net.d/10-flannel.conflist")];
+    let mut rests = Vec::new();
+    for _ in 0..10 {
+        let rest = repairs.rest(&written, now);
+        now += rest.unwrap_or(GATHER);
+        rests.push(rest.map(|rest| rest.as_millis()));
+    }
+    let some = [200, 400, 800, 1600, 3200, 5000, 5000].map(Some);
+    assert_eq!(rests[..REPAIRS], [None; REPAIRS]);
+    assert_eq!(rests[REPAIRS..], some);
+    assert!(repairs.sentence().contains("restores /etc/cni/net.d/10-f"));
+    // Told until a minute is over in which less was done.
+    assert!(repairs.rest(&[], now).is_some());
+    assert_eq!(repairs.rest(&[], now + QUARREL), None);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_who_each_put_theirs_back_do_it_rarely_and_people_are_told() {
+    let node = Node::kubeadm();
+    let (told, seen) = watch::channel(Installed::No);
+    let (drain, guard) = drain::Drain::new();
+    let writes = Arc::new(AtomicBool::new(true));
+    let kept = tokio::spawn(Arc::new(node.installer()).keep(writes, told, guard));
+    let conf = "/etc/cni/net.d/10-flannel.conflist";
+    let mut restored = 0;
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_secs(4) {
+        if node.read(conf).contains(PLUGIN) {
+            node.file(conf, FLANNEL);
+            restored += 1;
+        }
+        sleep(Duration::from_millis(5)).await;
+    }
+    assert!((4..=9).contains(&restored), "{restored} times in 4 s");
+    let quarrel = |now: &Installed| matches!(now, Installed::Failed(why) if why.contains("restores"));
+    assert!(quarrel(&seen.borrow()), "{:?}", *seen.borrow());
+    drain.drain(Duration::from_secs(5)).await;
+    kept.await.unwrap();
+}
+
 /// Waits until `done`, and says how long it took.
 async fn until(what: &str, done: impl Fn() -> bool) -> Duration {
     let begun = Instant::now();
