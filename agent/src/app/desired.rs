@@ -143,11 +143,11 @@ fn ranges(list: &[PortRange]) -> [PortRange; MAX_SKIP_RANGES] {
 
 #[cfg(test)]
 mod tests {
-    use crate::testing::manifests;
     use crate::state::ObjectKey;
     use crate::state::objects::{
         DefaultPolicy, MeshSettings, Namespace, Objects, OutboundDefault, Pod, Words,
     };
+    use crate::testing::manifests;
 
     use std::path::PathBuf;
 

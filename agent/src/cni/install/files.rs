@@ -177,7 +177,9 @@ impl Dir {
 /// Without CAP_CHOWN the file becomes ours. Whoever reads it is root, or may by its mode.
 fn or_denied(chown: io::Result<()>) -> io::Result<()> {
     match chown {
-        Err(error) if error.raw_os_error() == Some(rustix::io::Errno::PERM.raw_os_error()) => Ok(()),
+        Err(error) if error.raw_os_error() == Some(rustix::io::Errno::PERM.raw_os_error()) => {
+            Ok(())
+        }
         done => done,
     }
 }

@@ -271,7 +271,10 @@ fn a_list_goes_with_the_configuration_that_it_was_made_of() {
 fn a_directory_that_is_not_roots_is_told_with_the_remedy() {
     let denied = io::Error::from(io::ErrorKind::PermissionDenied);
     let told = at("/opt/cni/bin/x".into())(denied).to_string();
-    assert!(told.contains("/opt/cni/bin/x") && told.contains("DAC_OVERRIDE"), "{told}");
+    assert!(
+        told.contains("/opt/cni/bin/x") && told.contains("DAC_OVERRIDE"),
+        "{told}"
+    );
 }
 
 #[test]
@@ -384,7 +387,10 @@ fn a_version_that_the_plugin_does_not_know_is_left_without_it() {
 fn a_link_to_a_list_that_names_the_plugin_counts() {
     let node = Node::kubeadm();
     node.installed();
-    node.file("/elsewhere", &node.read("/etc/cni/net.d/10-flannel.conflist"));
+    node.file(
+        "/elsewhere",
+        &node.read("/etc/cni/net.d/10-flannel.conflist"),
+    );
     symlink("/elsewhere", node.path("/etc/cni/net.d/30-link.conflist")).unwrap();
     symlink("/nowhere", node.path("/etc/cni/net.d/40-link.conflist")).unwrap();
     fs::create_dir(node.path("/etc/cni/net.d/50-dir.conf")).unwrap();
@@ -509,7 +515,8 @@ async fn two_who_each_put_theirs_back_do_it_rarely_and_people_are_told() {
         sleep(Duration::from_millis(5)).await;
     }
     assert!((4..=9).contains(&restored), "{restored} times in 4 s");
-    let quarrel = |now: &Installed| matches!(now, Installed::Failed(why) if why.contains("restores"));
+    let quarrel =
+        |now: &Installed| matches!(now, Installed::Failed(why) if why.contains("restores"));
     assert!(quarrel(&seen.borrow()), "{:?}", *seen.borrow());
     drain.drain(Duration::from_secs(5)).await;
     kept.await.unwrap();

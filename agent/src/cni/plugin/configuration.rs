@@ -68,7 +68,9 @@ pub enum Malformed {
     TooLong,
     #[error("standard input is no network configuration: {0}")]
     Garbage(String),
-    #[error("cniVersion: {0:?} is not supported; 0.3.0, 0.3.1, 0.4.0, 1.0.0, 1.1.0 and later 1.x are")]
+    #[error(
+        "cniVersion: {0:?} is not supported; 0.3.0, 0.3.1, 0.4.0, 1.0.0, 1.1.0 and later 1.x are"
+    )]
     Version(String),
     #[error(
         "prevResult: missing; picomesh-cni makes no interfaces, so in the list of plugins it must \
@@ -241,7 +243,9 @@ mod tests {
             let result = String::from_utf8(read.result().unwrap()).unwrap();
             assert_eq!(result, format!(r#"{{"cniVersion":"{later}","new":[1]}}"#));
         }
-        for other in ["1.0.1", "1.2", "1.2.0.0", "1.x.0", "2.0.0", "0.5.0", "-1.2.0"] {
+        for other in [
+            "1.0.1", "1.2", "1.2.0.0", "1.x.0", "2.0.0", "0.5.0", "-1.2.0",
+        ] {
             let text = format!(r#"{{"cniVersion":"{other}"}}"#);
             let error = read(text.as_bytes()).unwrap_err();
             assert_eq!(error, Malformed::Version(other.into()));

@@ -11,7 +11,10 @@ use parking_lot::Mutex;
 
 use super::{
     super::{DesiredPod, Others, Wishes},
-    Capture, PodStatus, captured::Captured, enrolment::Checked, error::PodError,
+    Capture, PodStatus,
+    captured::Captured,
+    enrolment::Checked,
+    error::PodError,
     leaving::Leave,
 };
 use crate::state::PodUid;
