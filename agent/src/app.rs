@@ -17,9 +17,10 @@ mod estate;
 pub mod finding;
 mod keeping;
 mod place;
+mod removing;
 mod run_dir;
-mod sockets;
 mod search;
+mod sockets;
 mod source;
 pub mod standing;
 mod views;
@@ -59,6 +60,7 @@ use crate::{
     drain::{Drain, Drained},
     handover::{self, predecessor::Progress},
     identity::{self, Identities, awaited::AwaitedCa, ca::LocalCa},
+    k8s::removal::Leaving,
     metrics::{Metrics, MetricsSettings},
     proxy::{Capacity, Caps, Proxy, ProxySettings, Surroundings, TunnelListeners},
     readiness::Readiness,
@@ -67,6 +69,7 @@ use crate::{
 };
 
 use crate::{cni, local::Netns};
+use desired::Told;
 use estate::{Estate, HeldDirs};
 use keeping::{Keeper, Known};
 use place::{Dirs, Heritage, Place};
@@ -77,11 +80,11 @@ use source::{Cluster, Source};
 pub use bpf_dir::{BpfDir, BpfDirError};
 pub use run_dir::{RunDir, RunDirError};
 
+/// What an agent that serves may still be waiting for.
+const CERTIFICATES: &str = "certificates";
 /// Events of the datapath that wait for the data threads.
 const EVENTS: usize = 64;
 /// How often memory that is free is looked for.
-/// What an agent that serves may still be waiting for.
-const CERTIFICATES: &str = "certificates";
 const TURN: Duration = Duration::from_secs(1);
 const TURN_AT_START: Duration = Duration::from_millis(100);
 /// Less processor time than this in a turn is none to speak of, and what more has left behind is
@@ -109,10 +112,22 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         let deadline = config.drain_deadline;
         let in_a_pod = config.in_a_pod();
         let mut signals = Signals::new()?;
+        let (told, leaving) = watch::channel(Leaving::default());
+        let unserved = match &config.source {
+            config::Source::Local { .. } => None,
+            config::Source::Cluster { cni, .. } => {
+                Some((cni.install.clone(), datapath_settings(&config)))
+            }
+        };
         let agent = tokio::select! {
-            agent = start(config, Some(log_level)) => agent?,
+            agent = start(config, Some(log_level), told) => agent?,
             // What is pinned already stays, as with any other end.
-            () = signals.next() => return Ok(()),
+            () = signals.next() => {
+                if let Some((install, settings)) = unserved {
+                    removing::remove_unserved(leaving, install, settings).await;
+                }
+                return Ok(());
+            }
         };
         live(agent, &mut signals, deadline, in_a_pod).await;
         anyhow::Ok(())
@@ -192,7 +207,7 @@ pub struct Agent {
 /// What an agent on a cluster has besides.
 struct OnCluster {
     /// The mesh is being taken off this cluster.
-    leaving: watch::Receiver<bool>,
+    leaving: watch::Receiver<Leaving>,
     /// How everything of ours is removed then.
     removal: DatapathSettings,
     /// What is ours on the node besides.
@@ -210,9 +225,15 @@ pub struct Bound {
 /// only we shall have is built first, while that one serves; then it stops repairing, we put our
 /// listeners in the place of its own and serve, and it leaves.
 ///
+/// On a cluster `leaving` is told from the first moment whether the mesh is being taken off it.
+///
 /// The calling thread must be in the node's network namespace,
 /// and so must be the threads of its runtime.
-pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Result<Agent> {
+pub async fn start(
+    config: Config,
+    log_level: Option<LogLevel>,
+    leaving: watch::Sender<Leaving>,
+) -> anyhow::Result<Agent> {
     info!(
         version = env!("CARGO_PKG_VERSION"),
         node = &*config.mesh.node,
@@ -298,6 +319,7 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
         &keeper,
         mesh_of,
         manifests_read,
+        leaving,
         guard.clone(),
         &mut tasks,
     ))
@@ -475,8 +497,9 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
     let cluster = cluster.map(|cluster| {
         let Cluster {
             client,
-            namespace,
+            leaving,
             finding,
+            ..
         } = cluster;
         let (traces, plugin) = finding.keep(
             config.fail_open,
@@ -485,8 +508,9 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
             &guard,
             &mut tasks,
         );
+        cluster::begin(client, &shown, plugin, &mut tasks);
         OnCluster {
-            leaving: cluster::begin(client, namespace, &shown, plugin, &mut tasks),
+            leaving,
             removal: datapath_settings(&config),
             traces,
         }
@@ -607,13 +631,22 @@ impl Agent {
         info!(?deadline, "ending: open connections may finish");
         let removed = AtomicBool::new(false);
         let drain = async {
-            // A removal that began this very moment shall still be heard of.
-            let least = self.cluster.as_ref().map_or(Duration::ZERO, |_| LAST_WORDS);
-            tokio::join!(self.proxy.drain(deadline), sleep(least)).0
+            let begun = Instant::now();
+            // A removal that began this very moment shall still be heard of. Whoever calls meanwhile
+            // is served as ever; after a hand-over it is the successor who must know.
+            let ours = self.dirs.lock().is_some();
+            if let Some(on) = self.cluster.as_ref().filter(|_| ours) {
+                cluster::removal_would_show(on.leaving.clone(), LAST_WORDS, SHOWS).await;
+            }
+            self.proxy
+                .drain(deadline.saturating_sub(begun.elapsed()))
+                .await
         };
         let drained = tokio::select! {
-            drained = drain => drained,
+            // First: what is seen last is seen before the drain ends.
+            biased;
             never = self.leave_if_removed(&removed) => match never {},
+            drained = drain => drained,
         };
         match drained {
             Drained::Finished => info!("all connections have finished"),
@@ -637,7 +670,7 @@ impl Agent {
         {
             let dirs = self.dirs.lock().take();
             on.traces.remove().await;
-            remove(on.removal, dirs).await;
+            removing::remove(on.removal, dirs).await;
         }
         info!("ended");
     }
@@ -655,22 +688,6 @@ impl Agent {
             self.desired.send_replace(Arc::default());
         }
         std::future::pending().await
-    }
-}
-
-/// Every trace in the kernel and in our directories.
-async fn remove(settings: DatapathSettings, dirs: Option<Dirs>) {
-    if let Err(error) = Datapath::cleanup(settings).await {
-        warn!(
-            error = format!("{error:#}"),
-            "not everything could be removed"
-        );
-        return;
-    }
-    if let Some(dirs) = dirs
-        && let Err(error) = dirs.run.remove()
-    {
-        warn!(%error, "the run directory could not be removed");
     }
 }
 
@@ -694,6 +711,7 @@ async fn follow_mesh(mut follow: Follow) {
     let mut changed = follow.mesh.subscribe();
     let mut ticks = interval(Duration::from_secs(15));
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut search = Search::default();
     loop {
         let now = Instant::now();
         let searched;
@@ -713,7 +731,6 @@ async fn follow_mesh(mut follow: Follow) {
                 if changed {
                     current.clone_from(&pods.desired);
                 }
-    let mut search = Search::default();
                 changed
             });
             let due = search.next(&pods.lost, now);
@@ -728,8 +745,19 @@ async fn follow_mesh(mut follow: Follow) {
             asked = due(searched) => {
                 search.looked(Instant::now());
                 asked.notify_one();
-            },
+            }
         }
+    }
+}
+
+/// Whom to ask, when it is time.
+async fn due(search: Option<(Arc<Notify>, Instant)>) -> Arc<Notify> {
+    match search {
+        Some((asked, at)) => {
+            sleep_until(at.into()).await;
+            asked
+        }
+        None => std::future::pending().await,
     }
 }
 
@@ -759,7 +787,6 @@ async fn give_memory_back(readiness: Readiness, mut changes: watch::Receiver<u64
     loop {
         sleep(if ready { TURN } else { TURN_AT_START }).await;
         ready = ready || readiness.pending().is_empty();
-        None => std::future::pending().await,
         if changes.has_changed().is_ok_and(|changed| changed) {
             changes.mark_unchanged();
             settled = None;
