@@ -351,6 +351,7 @@ mod tests {
             ips: Vec::new(),
             host_network: false,
             meshed: true,
+            undecided: false,
             refused: None,
             labels: Default::default(),
             namespace_labels: Default::default(),

@@ -17,7 +17,9 @@ mod estate;
 pub mod finding;
 mod keeping;
 mod place;
+mod removing;
 mod run_dir;
+mod search;
 mod sockets;
 mod source;
 pub mod standing;
@@ -46,7 +48,7 @@ use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::{Notify, mpsc, watch},
     task::{AbortHandle, JoinHandle, spawn_blocking},
-    time::{MissedTickBehavior, interval, sleep},
+    time::{MissedTickBehavior, interval, sleep, sleep_until},
 };
 use tracing::{info, warn};
 
@@ -58,6 +60,7 @@ use crate::{
     drain::{Drain, Drained},
     handover::{self, predecessor::Progress},
     identity::{self, Identities, awaited::AwaitedCa, ca::LocalCa},
+    k8s::removal::Leaving,
     metrics::{Metrics, MetricsSettings},
     proxy::{Capacity, Caps, Proxy, ProxySettings, Surroundings, TunnelListeners},
     readiness::Readiness,
@@ -66,15 +69,19 @@ use crate::{
 };
 
 use crate::{cni, local::Netns};
+use desired::Told;
 use estate::{Estate, HeldDirs};
 use keeping::{Keeper, Known};
 use place::{Dirs, Heritage, Place};
+use search::Search;
 use sockets::SocketNames;
 use source::{Cluster, Source};
 
 pub use bpf_dir::{BpfDir, BpfDirError};
 pub use run_dir::{RunDir, RunDirError};
 
+/// What an agent that serves may still be waiting for.
+const CERTIFICATES: &str = "certificates";
 /// Events of the datapath that wait for the data threads.
 const EVENTS: usize = 64;
 /// How often memory that is free is looked for.
@@ -83,8 +90,6 @@ const TURN_AT_START: Duration = Duration::from_millis(100);
 /// Less processor time than this in a turn is none to speak of, and what more has left behind is
 /// worth giving back. An idle agent takes tens of seconds for so much.
 const CALM: Duration = Duration::from_millis(20);
-/// How soon a pod is looked for that nobody has told of; the kubelet may only be making it.
-const SEARCHED: Duration = Duration::from_millis(500);
 /// For what has nothing to do with connections, once those have ended.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 /// How soon after the signal to end a removal of the mesh must show to count.
@@ -107,10 +112,22 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         let deadline = config.drain_deadline;
         let in_a_pod = config.in_a_pod();
         let mut signals = Signals::new()?;
+        let (told, leaving) = watch::channel(Leaving::default());
+        let unserved = match &config.source {
+            config::Source::Local { .. } => None,
+            config::Source::Cluster { cni, .. } => {
+                Some((cni.install.clone(), datapath_settings(&config)))
+            }
+        };
         let agent = tokio::select! {
-            agent = start(config, Some(log_level)) => agent?,
+            agent = start(config, Some(log_level), told) => agent?,
             // What is pinned already stays, as with any other end.
-            () = signals.next() => return Ok(()),
+            () = signals.next() => {
+                if let Some((install, settings)) = unserved {
+                    removing::remove_unserved(leaving, install, settings).await;
+                }
+                return Ok(());
+            }
         };
         live(agent, &mut signals, deadline, in_a_pod).await;
         anyhow::Ok(())
@@ -190,7 +207,7 @@ pub struct Agent {
 /// What an agent on a cluster has besides.
 struct OnCluster {
     /// The mesh is being taken off this cluster.
-    leaving: watch::Receiver<bool>,
+    leaving: watch::Receiver<Leaving>,
     /// How everything of ours is removed then.
     removal: DatapathSettings,
     /// What is ours on the node besides.
@@ -208,9 +225,15 @@ pub struct Bound {
 /// only we shall have is built first, while that one serves; then it stops repairing, we put our
 /// listeners in the place of its own and serve, and it leaves.
 ///
+/// On a cluster `leaving` is told from the first moment whether the mesh is being taken off it.
+///
 /// The calling thread must be in the node's network namespace,
 /// and so must be the threads of its runtime.
-pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Result<Agent> {
+pub async fn start(
+    config: Config,
+    log_level: Option<LogLevel>,
+    leaving: watch::Sender<Leaving>,
+) -> anyhow::Result<Agent> {
     info!(
         version = env!("CARGO_PKG_VERSION"),
         node = &*config.mesh.node,
@@ -242,7 +265,7 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
     // one who answers until we are ready.
     let readiness = Readiness::new();
     let manifests_read = readiness.register("manifests");
-    let certificates_held = readiness.register("certificates");
+    let certificates_held = readiness.register(CERTIFICATES);
     let pods_tried = readiness.register("pods");
     let metrics = Metrics::new(MetricsSettings {
         data_threads: config.data_threads,
@@ -296,13 +319,14 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
         &keeper,
         mesh_of,
         manifests_read,
+        leaving,
         guard.clone(),
         &mut tasks,
     ))
     .await?;
-    let unknown = match cluster {
-        None => desired::SAY_NETNS,
-        Some(_) => desired::FIND_NETNS,
+    let told = match cluster {
+        None => Told::ByManifests,
+        Some(_) => Told::ByCluster,
     };
 
     // Who we are. Requests for certificates go out now, and are answered while the rest starts.
@@ -380,7 +404,7 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
 
     // The kernel: adopts what is pinned, then captures what is missing. From here on nobody else
     // repairs; each pod's listeners are put in the place of those before in one step.
-    let pods = desired::pods(&mesh.load(), &netns.borrow(), unknown);
+    let pods = desired::pods(&mesh.load(), &netns.borrow(), told);
     let first = pods.desired.clone();
     let (desired, desired_seen) = watch::channel(pods.desired);
     let (lost, lost_seen) = watch::channel(Arc::new(pods.lost));
@@ -427,7 +451,7 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
     let follow = tokio::spawn(follow_mesh(Follow {
         mesh,
         netns,
-        unknown,
+        told,
         asked: cluster
             .as_ref()
             .map(|cluster| cluster.finding.asked.clone()),
@@ -473,8 +497,9 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
     let cluster = cluster.map(|cluster| {
         let Cluster {
             client,
-            namespace,
+            leaving,
             finding,
+            ..
         } = cluster;
         let (traces, plugin) = finding.keep(
             config.fail_open,
@@ -483,8 +508,9 @@ pub async fn start(config: Config, log_level: Option<LogLevel>) -> anyhow::Resul
             &guard,
             &mut tasks,
         );
+        cluster::begin(client, &shown, plugin, &mut tasks);
         OnCluster {
-            leaving: cluster::begin(client, namespace, &shown, plugin, &mut tasks),
+            leaving,
             removal: datapath_settings(&config),
             traces,
         }
@@ -605,13 +631,22 @@ impl Agent {
         info!(?deadline, "ending: open connections may finish");
         let removed = AtomicBool::new(false);
         let drain = async {
-            // A removal that began this very moment shall still be heard of.
-            let least = self.cluster.as_ref().map_or(Duration::ZERO, |_| LAST_WORDS);
-            tokio::join!(self.proxy.drain(deadline), sleep(least)).0
+            let begun = Instant::now();
+            // A removal that began this very moment shall still be heard of. Whoever calls meanwhile
+            // is served as ever; after a hand-over it is the successor who must know.
+            let ours = self.dirs.lock().is_some();
+            if let Some(on) = self.cluster.as_ref().filter(|_| ours) {
+                cluster::removal_would_show(on.leaving.clone(), LAST_WORDS, SHOWS).await;
+            }
+            self.proxy
+                .drain(deadline.saturating_sub(begun.elapsed()))
+                .await
         };
         let drained = tokio::select! {
-            drained = drain => drained,
+            // First: what is seen last is seen before the drain ends.
+            biased;
             never = self.leave_if_removed(&removed) => match never {},
+            drained = drain => drained,
         };
         match drained {
             Drained::Finished => info!("all connections have finished"),
@@ -635,7 +670,7 @@ impl Agent {
         {
             let dirs = self.dirs.lock().take();
             on.traces.remove().await;
-            remove(on.removal, dirs).await;
+            removing::remove(on.removal, dirs).await;
         }
         info!("ended");
     }
@@ -656,28 +691,11 @@ impl Agent {
     }
 }
 
-/// Every trace in the kernel and in our directories.
-async fn remove(settings: DatapathSettings, dirs: Option<Dirs>) {
-    if let Err(error) = Datapath::cleanup(settings).await {
-        warn!(
-            error = format!("{error:#}"),
-            "not everything could be removed"
-        );
-        return;
-    }
-    if let Some(dirs) = dirs
-        && let Err(error) = dirs.run.remove()
-    {
-        warn!(%error, "the run directory could not be removed");
-    }
-}
-
 /// What [`follow_mesh`] turns the mesh into.
 struct Follow {
     mesh: Arc<MeshStore>,
     netns: watch::Receiver<Netns>,
-    /// What is said of a pod that is not in there.
-    unknown: &'static str,
+    told: Told,
     /// Whom to ask for one that is not in there.
     asked: Option<Arc<Notify>>,
     needed: desired::Identities,
@@ -693,13 +711,14 @@ async fn follow_mesh(mut follow: Follow) {
     let mut changed = follow.mesh.subscribe();
     let mut ticks = interval(Duration::from_secs(15));
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut search = Search::default();
     loop {
         let now = Instant::now();
         let searched;
         {
             let mesh = follow.mesh.load();
             let netns = follow.netns.borrow_and_update().clone();
-            let pods = desired::pods(&mesh, &netns, follow.unknown);
+            let pods = desired::pods(&mesh, &netns, follow.told);
             let Some(desired) = follow.desired.upgrade() else {
                 return;
             };
@@ -714,11 +733,8 @@ async fn follow_mesh(mut follow: Follow) {
                 }
                 changed
             });
-            searched = follow
-                .asked
-                .as_ref()
-                .filter(|_| !pods.lost.is_empty())
-                .cloned();
+            let due = search.next(&pods.lost, now);
+            searched = follow.asked.clone().zip(due);
             follow.lost.send_replace(Arc::new(pods.lost));
             follow.metrics.sweep(&desired::live(&mesh), now);
         }
@@ -726,10 +742,22 @@ async fn follow_mesh(mut follow: Follow) {
             changed = changed.changed() => if changed.is_err() { return },
             changed = follow.netns.changed() => if changed.is_err() { return },
             _ = ticks.tick() => {}
-            () = sleep(SEARCHED), if searched.is_some() => if let Some(asked) = searched {
+            asked = due(searched) => {
+                search.looked(Instant::now());
                 asked.notify_one();
-            },
+            }
         }
+    }
+}
+
+/// Whom to ask, when it is time.
+async fn due(search: Option<(Arc<Notify>, Instant)>) -> Arc<Notify> {
+    match search {
+        Some((asked, at)) => {
+            sleep_until(at.into()).await;
+            asked
+        }
+        None => std::future::pending().await,
     }
 }
 

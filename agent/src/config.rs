@@ -94,8 +94,10 @@ pub enum Source {
 pub struct Cni {
     /// The node's root directory, as the agent sees it.
     pub host_root: PathBuf,
-    /// `None`: the plugin is not put into the node's configuration.
-    pub install: Option<InstallSettings>,
+    /// Where the plugin is, or was put by an agent before.
+    pub install: InstallSettings,
+    /// It is put into the node's configuration; otherwise taken out of it.
+    pub plugin: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -169,7 +171,8 @@ impl RunArgs {
                     namespace: namespace.to_string(),
                     cni: Cni {
                         host_root,
-                        install: (!self.no_cni).then_some(install),
+                        install,
+                        plugin: !self.no_cni,
                     },
                 }
             }

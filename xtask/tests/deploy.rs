@@ -409,7 +409,7 @@ fn the_agents_probes_ask_in_its_own_container_and_its_end_outlasts_the_drain() {
     let spec = &templates()["picomesh-agent"];
     let agent = &spec["containers"][0];
     for (probe, what) in [
-        ("startupProbe", "ready"),
+        ("startupProbe", "serves"),
         ("readinessProbe", "ready"),
         ("livenessProbe", "live"),
     ] {

@@ -52,7 +52,7 @@ pub type PolicyView = Box<dyn Fn(&Question) -> Result<Value, String> + Send + Sy
 
 /// Where answers come from.
 pub struct Views {
-    /// `{"ready": bool, "awaited": [words]}`
+    /// `{"ready": bool, "serves": bool, "awaited": [words]}`
     pub readiness: View,
     pub state: View,
     pub pods: View,

@@ -48,11 +48,14 @@ fn judge(
         // However it fares: that is for its own container's probe.
         (ProbeArg::Live, Peer::Elsewhere) => Ok("live: another agent serves"),
         (ProbeArg::Live, Peer::Here) => answer.map(|_| "live").map_err(ProbeError::from),
-        (ProbeArg::Ready, Peer::Elsewhere) => Err(ProbeError::Elsewhere {
+        (ProbeArg::Ready | ProbeArg::Serves, Peer::Elsewhere) => Err(ProbeError::Elsewhere {
             path: run_dir.join(super::socket::NAME),
         }),
-        (ProbeArg::Ready, Peer::Here) => {
+        (ProbeArg::Ready | ProbeArg::Serves, Peer::Here) => {
             let answer = answer?;
+            if probe == ProbeArg::Serves && answer["serves"] == true {
+                return Ok("serves");
+            }
             let awaited = answer["awaited"].as_array().into_iter().flatten();
             let awaited: Vec<_> = awaited
                 .filter_map(|what| what.as_str().map(str::to_owned))
@@ -90,6 +93,18 @@ mod tests {
         assert!(elsewhere.contains("another container"), "{elsewhere}");
 
         assert_eq!(judged(ProbeArg::Live, Peer::Here, pending), Ok("live"));
+    }
+
+    #[test]
+    fn who_waits_for_certificates_alone_serves_and_is_not_ready() {
+        let waiting = json!({"ready": false, "serves": true, "awaited": ["certificates"]});
+        let started = |peer, answer: &Value| judged(ProbeArg::Serves, peer, answer.clone());
+        assert_eq!(started(Peer::Here, &waiting), Ok("serves"));
+        started(Peer::Elsewhere, &waiting).unwrap_err();
+        judged(ProbeArg::Ready, Peer::Here, waiting).unwrap_err();
+        let early = json!({"ready": false, "serves": false, "awaited": ["pods"]});
+        let why = started(Peer::Here, &early).unwrap_err();
+        assert_eq!(why, "not ready, pending: pods");
     }
 
     #[test]

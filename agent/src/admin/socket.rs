@@ -3,13 +3,15 @@
 
 use std::{
     fs, io,
-    os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt},
+    os::unix::fs::{FileTypeExt, MetadataExt},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
 use nix::unistd::geteuid;
+use rustix::fs::{Mode, fchmod};
+use socket2::{Domain, SockAddr, Socket, Type};
 use thiserror::Error;
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
@@ -25,6 +27,7 @@ use super::{Request, Response, SharedViews, Views};
 pub const NAME: &str = "admin.sock";
 
 const CONNECTIONS: usize = 16;
+const BACKLOG: i32 = 128;
 const PATIENCE: Duration = Duration::from_secs(5);
 const MAX_REQUEST: u64 = 4 * 1024;
 
@@ -71,9 +74,7 @@ impl Server {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
             Ok(()) | Err(_) => {}
         }
-        let listener = UnixListener::bind(&new).map_err(failed)?;
-        // Nobody else gets so far before this is done: the directory is 0700.
-        fs::set_permissions(&new, fs::Permissions::from_mode(0o600)).map_err(failed)?;
+        let listener = listen(&new).map_err(failed)?;
         let inode = fs::symlink_metadata(&new).map_err(failed)?.ino();
         Ok(Self {
             listener,
@@ -123,6 +124,16 @@ impl Server {
             debug!(%error, "the admin socket was gone already");
         }
     }
+}
+
+/// For its owner alone from the first moment: the directory may be one that others can enter. What
+/// is bound gets the mode that the socket has.
+fn listen(path: &Path) -> io::Result<UnixListener> {
+    let socket = Socket::new(Domain::UNIX, Type::STREAM.cloexec().nonblocking(), None)?;
+    fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    socket.bind(&SockAddr::unix(path)?)?;
+    socket.listen(BACKLOG)?;
+    UnixListener::from_std(socket.into())
 }
 
 /// Where a socket waits for its place.
@@ -244,6 +255,8 @@ pub enum AskError {
 #[cfg(test)]
 mod tests {
     use serde_json::json;
+
+    use std::os::unix::fs::PermissionsExt;
 
     use super::*;
 

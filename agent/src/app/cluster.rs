@@ -23,7 +23,8 @@ use crate::{
         client::Client,
         crd::{CertificateCounts, Condition, FailedPod, MeshNodeStatus, PodCounts},
         events::{About, Events, Warning},
-        removal, status, watch as watches,
+        removal::Leaving,
+        status, watch as watches,
     },
     state::{Mesh, Workload},
 };
@@ -49,27 +50,21 @@ pub(super) fn signer(
     (signer, roots::follow(client, namespace, told))
 }
 
-/// Begins to tell, and to listen for the end of the mesh: `true` while it is being taken off.
+/// Begins to tell.
 pub(super) fn begin(
     client: Client,
-    namespace: String,
     shown: &Arc<Shown>,
     plugin: watch::Receiver<Installed>,
     tasks: &mut Vec<JoinHandle<()>>,
-) -> watch::Receiver<bool> {
+) {
     let node = shown.settings.node.clone();
     let (events, writing) = Events::start(client.clone(), node.clone());
     tasks.push(tokio::spawn(writing));
     tasks.push(tokio::spawn(report(Arc::clone(shown), events)));
     let of_node = Arc::clone(shown);
-    tasks.push(tokio::spawn(status::keep(
-        client.clone(),
-        node,
-        move || node_status(&of_node, &plugin.borrow()),
-    )));
-    let (leaving, left) = watch::channel(false);
-    tasks.push(tokio::spawn(removal::follow(client, namespace, leaving)));
-    left
+    tasks.push(tokio::spawn(status::keep(client, node, move || {
+        node_status(&of_node, &plugin.borrow())
+    })));
 }
 
 fn node_status(shown: &Shown, plugin: &Installed) -> MeshNodeStatus {
@@ -284,10 +279,37 @@ fn about_object(fault: &watches::Fault) -> Warning {
 }
 
 /// Returns once the mesh is being taken off, if that shows within `patience`.
-pub(super) async fn removal_shows(mut leaving: watch::Receiver<bool>, patience: Duration) -> bool {
+pub(super) async fn removal_shows(
+    mut leaving: watch::Receiver<Leaving>,
+    patience: Duration,
+) -> bool {
     tokio::select! {
-        shown = leaving.wait_for(|leaving| *leaving) => shown.is_ok(),
+        shown = leaving.wait_for(|now| *now == Leaving::Yes) => shown.is_ok(),
         () = sleep(patience) => false,
+    }
+}
+
+/// Returns when a removal that began before this call would have shown: after `least` if the API
+/// server is heard, otherwise when it is heard again, and at the latest after `most`.
+pub(super) async fn removal_would_show(
+    mut leaving: watch::Receiver<Leaving>,
+    least: Duration,
+    most: Duration,
+) {
+    let heard = async {
+        sleep(least).await;
+        if leaving
+            .wait_for(|now| *now != Leaving::Unheard)
+            .await
+            .is_err()
+        {
+            // Nobody listens to it any more.
+            std::future::pending::<()>().await;
+        }
+    };
+    tokio::select! {
+        () = heard => {}
+        () = sleep(most) => {}
     }
 }
 
@@ -325,14 +347,36 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_removal_counts_if_it_shows_in_time() {
-        let (told, leaving) = watch::channel(false);
+        let (told, leaving) = watch::channel(Leaving::Unheard);
         let patience = Duration::from_secs(5);
         assert!(!removal_shows(leaving.clone(), patience).await);
-        told.send_replace(true);
+        told.send_replace(Leaving::Yes);
         assert!(removal_shows(leaving.clone(), patience).await);
-        told.send_replace(false);
+        told.send_replace(Leaving::No);
         // The watch has ended without having seen anything.
         drop(told);
         assert!(!removal_shows(leaving, patience).await);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn while_the_api_server_is_not_heard_a_removal_is_waited_for() {
+        let (told, leaving) = watch::channel(Leaving::No);
+        let (least, most) = (Duration::from_secs(1), Duration::from_secs(5));
+        let took = async || {
+            let begun = tokio::time::Instant::now();
+            removal_would_show(leaving.clone(), least, most).await;
+            begun.elapsed()
+        };
+        assert_eq!(took().await, least);
+        told.send_replace(Leaving::Unheard);
+        assert_eq!(took().await, most);
+        let later = async {
+            sleep(Duration::from_secs(3)).await;
+            told.send_replace(Leaving::No);
+        };
+        let (waited, ()) = tokio::join!(took(), later);
+        assert_eq!(waited, Duration::from_secs(3));
+        drop(told);
+        assert_eq!(took().await, least, "it was heard to its end");
     }
 }

@@ -10,7 +10,7 @@ use std::{
 use picomesh_common::{PodConfig, PortRange, pod::MAX_SKIP_RANGES};
 
 use crate::{
-    datapath::{Desired, DesiredPod, PodStatus},
+    datapath::{Desired, DesiredPod, Others, PodStatus, Wishes},
     identity::Wanted,
     local::Netns,
     state::{Identity, Mesh, PodUid, Workload},
@@ -20,9 +20,15 @@ use crate::{
 /// served for a minute (they may not have heard), and a short absence costs no new certificate.
 const LINGER: Duration = Duration::from_secs(90);
 
-/// What to say of a pod whose network namespace nobody knows: in local mode, and on a cluster.
-pub const SAY_NETNS: &str = "its network namespace is not known: set annotation picomesh.io/netns";
-pub const FIND_NETNS: &str = "its network namespace is not found on this node; it is looked for";
+/// Who tells of pods.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Told {
+    /// Manifests, and where each pod lives. What is not in there is meant not to be.
+    ByManifests,
+    /// An API server, of what it remembers; where a pod lives is found on the node. An object may go
+    /// while its containers run on (`kubectl delete --force`, a Node that was deleted).
+    ByCluster,
+}
 
 /// The pods to capture, and those that cannot be: nobody knows where they live.
 pub struct Pods {
@@ -30,38 +36,64 @@ pub struct Pods {
     pub lost: Vec<PodStatus>,
 }
 
-pub fn pods(mesh: &Mesh, netns: &Netns, unknown: &'static str) -> Pods {
-    let mut desired = Vec::new();
+pub fn pods(mesh: &Mesh, netns: &Netns, told: Told) -> Pods {
+    let mut pods = Vec::new();
     let mut lost = Vec::new();
     for workload in local_meshed(mesh) {
         let name = workload.key.to_string();
         match netns.get(&workload.uid) {
-            Some(path) => desired.push(DesiredPod {
+            Some(path) => pods.push(DesiredPod {
                 uid: workload.uid.clone(),
                 name,
                 ips: workload.ips.clone(),
                 config: config(workload),
                 netns: path.clone(),
             }),
-            None => lost.push(PodStatus {
-                uid: workload.uid.to_string(),
-                name,
-                slot: None,
-                state: "failed",
-                reason: Some(("no_netns", unknown.into())),
-                repairs: 0,
-                mended: Vec::new(),
-                counters: Vec::new(),
-            }),
+            None => lost.push(missing(workload, name, told)),
         }
     }
     // The order of the map is nobody's; a stable one keeps slots and logs readable.
-    desired.sort_by(|a, b| a.name.cmp(&b.name).then_with(|| a.uid.cmp(&b.uid)));
+    pods.sort_by(|a, b| a.name.cmp(&b.name).then_with(|| a.uid.cmp(&b.uid)));
     lost.sort_by(|a, b| a.name.cmp(&b.name));
+    let others = match told {
+        Told::ByManifests => Others::Leave,
+        Told::ByCluster => Others::Stay { but: outside(mesh) },
+    };
     Pods {
-        desired: Arc::new(desired),
+        desired: Arc::new(Wishes { pods, others }),
         lost,
     }
+}
+
+/// A pod that should be captured and whose network namespace nobody knows.
+fn missing(workload: &Workload, name: String, told: Told) -> PodStatus {
+    let why = match told {
+        Told::ByManifests => {
+            Some("its network namespace is not known: set annotation picomesh.io/netns")
+        }
+        // Its kubelet has not made a sandbox yet; nothing is wrong with it.
+        Told::ByCluster if workload.ips.is_empty() => None,
+        Told::ByCluster => {
+            Some("its network namespace is not found on this node; it is looked for")
+        }
+    };
+    PodStatus {
+        uid: workload.uid.to_string(),
+        name,
+        slot: None,
+        state: if why.is_some() { "failed" } else { "pending" },
+        reason: why.map(|why| ("no_netns", why.into())),
+        repairs: 0,
+        mended: Vec::new(),
+        counters: Vec::new(),
+    }
+}
+
+/// Pods of this node that are there and outside of the mesh.
+fn outside(mesh: &Mesh) -> HashSet<PodUid> {
+    let local = mesh.workloads.values().filter(|workload| workload.local);
+    let outside = local.filter(|workload| !workload.meshed && !workload.undecided);
+    outside.map(|workload| workload.uid.clone()).collect()
 }
 
 /// Pods of this node, meshed or not: series of others may go.
@@ -115,6 +147,7 @@ mod tests {
     use crate::state::objects::{
         DefaultPolicy, MeshSettings, Namespace, Objects, OutboundDefault, Pod, Words,
     };
+    use crate::testing::manifests;
 
     use std::path::PathBuf;
 
@@ -212,11 +245,11 @@ mod tests {
             .keys()
             .map(|uid| (uid.clone(), PathBuf::from(format!("/ns/{uid}"))))
             .collect();
-        let pods = pods(&mesh, &netns, SAY_NETNS);
-        let names: Vec<_> = pods.desired.iter().map(|pod| &*pod.name).collect();
+        let pods = pods(&mesh, &netns, Told::ByManifests);
+        let names: Vec<_> = pods.desired.pods.iter().map(|pod| &*pod.name).collect();
         assert_eq!(names, ["shop/a", "shop/b"]);
         assert!(pods.lost.is_empty());
-        let first = &pods.desired[0];
+        let first = &pods.desired.pods[0];
         assert_eq!(first.netns, PathBuf::from("/ns/uid-a"));
         assert!(first.config.skip_outbound[0].contains(25));
         assert_eq!(first.config.skip_outbound[1], PortRange::UNUSED);
@@ -226,10 +259,43 @@ mod tests {
     #[test]
     fn a_pod_whose_place_is_unknown_is_reported_as_failed() {
         let mesh = mesh(vec![pod("a", "n1", "a")]);
-        let pods = pods(&mesh, &Netns::new(), SAY_NETNS);
-        assert!(pods.desired.is_empty());
-        assert_eq!(pods.lost[0].state, "failed");
-        assert_eq!(pods.lost[0].reason.as_ref().unwrap().0, "no_netns");
+        for told in [Told::ByManifests, Told::ByCluster] {
+            let pods = pods(&mesh, &Netns::new(), told);
+            assert!(pods.desired.pods.is_empty());
+            assert_eq!(pods.lost[0].state, "failed");
+            assert_eq!(pods.lost[0].reason.as_ref().unwrap().0, "no_netns");
+        }
+    }
+
+    #[test]
+    fn a_pod_without_sandbox_and_address_is_no_failure_on_a_cluster() {
+        let pod = manifests::pod("shop/a", "n1", &[], "");
+        let mesh = manifests::mesh(&(manifests::meshed_namespace("shop", "") + &pod));
+        let of = |told| pods(&mesh, &Netns::new(), told).lost[0].clone();
+        let early = of(Told::ByCluster);
+        assert_eq!((early.state, early.reason), ("pending", None));
+        assert_eq!(of(Told::ByManifests).state, "failed");
+    }
+
+    #[test]
+    fn on_a_cluster_only_who_is_there_and_outside_is_let_go() {
+        let mut out = pod("out", "n1", "a");
+        out.words.mesh = Some(false);
+        let mut undecided = pod("undecided", "n1", "a");
+        undecided.key = key("unheard-of", "undecided");
+        let mesh = mesh(vec![pod("in", "n1", "a"), out, undecided]);
+        let others = |told| pods(&mesh, &Netns::new(), told).desired.others.clone();
+        let by_cluster = others(Told::ByCluster);
+        for (uid, leaves) in [
+            ("uid-out", true),
+            ("uid-in", false),
+            ("uid-undecided", false),
+            ("uid-deleted", false),
+        ] {
+            let by = |others: Others| others.leaves(&PodUid::from(uid));
+            assert_eq!(by(by_cluster.clone()), leaves, "{uid}");
+            assert!(by(others(Told::ByManifests)), "{uid}");
+        }
     }
 
     #[test]

@@ -46,7 +46,8 @@ pub(super) struct Finding {
 
 /// What an end for good takes out.
 pub(super) struct Traces {
-    installer: Option<Arc<Installer>>,
+    /// Also where the plugin is not wanted: an agent before may have put it there.
+    installer: Arc<Installer>,
     intent: PathBuf,
 }
 
@@ -123,9 +124,9 @@ impl Finding {
             guard.clone(),
         )));
         let (told, installed) = watch::channel(Installed::No);
-        let installer = self.settings.install.map(Installer::new).map(Arc::new);
-        if let Some(installer) = installer.clone() {
-            let keeping = installer.keep(Arc::clone(writes), told, guard.clone());
+        let installer = Arc::new(Installer::new(self.settings.install));
+        if self.settings.plugin {
+            let keeping = Arc::clone(&installer).keep(Arc::clone(writes), told, guard.clone());
             tasks.push(tokio::spawn(async move {
                 // A plugin without its file holds every pod up.
                 if was_written.wait_for(|written| *written).await.is_ok() {
@@ -134,6 +135,8 @@ impl Finding {
             }));
         } else {
             info!("--no-cni: pods are found in /proc when they have started");
+            let taking = Arc::clone(&installer).keep_out(Arc::clone(writes), told, guard.clone());
+            tasks.push(tokio::spawn(taking));
         }
         (Traces { installer, intent }, installed)
     }
@@ -143,10 +146,14 @@ impl Traces {
     /// The plugin and its file, as they are found now.
     pub(super) async fn remove(self) {
         let removed = spawn_blocking(move || {
-            let removed = self.installer.map(|installer| installer.remove());
+            let removed = self.installer.remove();
             // The plugin goes by it as long as it is there.
-            let file = remove_intent(&self.intent);
-            (removed.unwrap_or_default(), file)
+            let file = if removed.unplugged {
+                remove_intent(&self.intent)
+            } else {
+                Ok(())
+            };
+            (removed, file)
         });
         let Ok((removed, file)) = removed.await else {
             return;
@@ -167,7 +174,9 @@ impl Traces {
 pub fn unplug(settings: InstallSettings) -> anyhow::Result<()> {
     let intent = settings.host_root.join(within(cni::INTENT));
     let removed = Installer::new(settings).remove();
-    remove_intent(&intent).with_context(|| format!("{} is still there", intent.display()))?;
+    if removed.unplugged {
+        remove_intent(&intent).with_context(|| format!("{} is still there", intent.display()))?;
+    }
     match removed.problems.into_iter().next() {
         Some(problem) => Err(problem).context("the CNI plugin is not removed"),
         None => Ok(()),
@@ -180,7 +189,7 @@ fn remove_intent(intent: &Path) -> io::Result<()> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         Ok(()) | Err(_) => {}
     }
-    // In a container it is a mount, which its own end removes.
+    // In a container it is the node's, mounted, and stays: empty it does no harm.
     let _others_keep_it = intent.parent().map(fs::remove_dir);
     Ok(())
 }
@@ -219,5 +228,65 @@ async fn follow(
         if objects.changed().await.is_err() {
             return;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIST: &str = r#"{"cniVersion":"1.0.0","name":"a","plugins":[{"type":"bridge"}]}"#;
+
+    /// A node on which an agent has put the plugin.
+    fn node() -> (tempfile::TempDir, InstallSettings) {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().to_owned();
+        for path in ["etc/cni/net.d", "opt/cni/bin", "var/lib/picomesh"] {
+            fs::create_dir_all(root.join(path)).unwrap();
+        }
+        for (path, text) in [
+            ("etc/cni/net.d/10-a.conflist", LIST),
+            ("opt/cni/bin/bridge", ""),
+            ("plugin", "the plugin"),
+        ] {
+            fs::write(root.join(path), text).unwrap();
+        }
+        let settings = InstallSettings {
+            program: root.join("plugin"),
+            host_root: root,
+            conf_dir: None,
+            bin_dir: None,
+            run_dir: "/run/picomesh".into(),
+            intent: cni::INTENT.into(),
+        };
+        Installer::new(settings.clone()).ensure().unwrap();
+        let intent = settings.host_root.join(within(cni::INTENT));
+        Intent::default().write(&intent).unwrap();
+        (dir, settings)
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn an_end_for_good_takes_the_plugin_out_and_its_file_only_behind_it() {
+        let (dir, settings) = node();
+        let at = |path: &str| dir.path().join(path);
+        let traces = || Traces {
+            installer: Arc::new(Installer::new(settings.clone())),
+            intent: at(within(cni::INTENT)),
+        };
+        let broken = at("etc/cni/net.d/20-b.conflist");
+        fs::write(&broken, r#"{"plugins":[{"type":"picomesh-cni"}"#).unwrap();
+        traces().remove().await;
+        assert!(at(within(cni::INTENT)).exists());
+        assert!(at("opt/cni/bin/picomesh-cni").exists());
+        assert!(unplug(settings.clone()).is_err());
+        assert!(at(within(cni::INTENT)).exists());
+
+        fs::remove_file(broken).unwrap();
+        traces().remove().await;
+        assert!(!at(within(cni::INTENT)).exists());
+        assert!(!at("opt/cni/bin/picomesh-cni").exists());
+        let list = fs::read_to_string(at("etc/cni/net.d/10-a.conflist")).unwrap();
+        assert_eq!(list, LIST);
+        unplug(settings).unwrap();
     }
 }

@@ -157,10 +157,18 @@ impl RunDir {
             }
         }
         match fs::remove_dir(&self.path) {
-            Err(error) if error.kind() != io::ErrorKind::DirectoryNotEmpty => Err(error),
+            Err(error) if !stays(&error) => Err(error),
             Ok(()) | Err(_) => Ok(()),
         }
     }
+}
+
+/// Something else is in the directory, or it is the node's and mounted into our container.
+fn stays(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::ResourceBusy
+    )
 }
 
 fn sign(mut lock: &File) -> io::Result<()> {
@@ -234,6 +242,12 @@ mod tests {
         held.remove().unwrap();
         let left: Vec<_> = fs::read_dir(&path).unwrap().collect();
         assert_eq!(left.len(), 1);
+    }
+
+    #[test]
+    fn a_directory_that_is_mounted_here_stays_and_is_no_failure() {
+        assert!(stays(&rustix::io::Errno::BUSY.into()));
+        assert!(!stays(&rustix::io::Errno::ACCESS.into()));
     }
 
     #[test]

@@ -17,7 +17,11 @@ use super::{
 };
 use crate::{
     config::{self, Config},
-    k8s::{client, watch as watches},
+    k8s::{
+        client,
+        removal::{self, Leaving},
+        watch as watches,
+    },
     local::{self, LoadError, Netns},
     readiness,
     state::{MeshStore, objects::MeshSettings},
@@ -36,6 +40,8 @@ pub(super) struct Source {
 pub(super) struct Cluster {
     pub(super) client: client::Client,
     pub(super) namespace: String,
+    /// Is the mesh being taken off?
+    pub(super) leaving: watch::Receiver<Leaving>,
     /// Who finds this node's pods. Nothing that stands in a pod says where it lives: its author
     /// could name the host's network namespace.
     pub(super) finding: Finding,
@@ -84,6 +90,7 @@ impl Source {
         keeper: &Keeper,
         (settings, mesh): (Arc<MeshSettings>, Arc<MeshStore>),
         known: readiness::Task,
+        leaving: watch::Sender<Leaving>,
         guard: crate::drain::Guard,
         tasks: &mut Vec<JoinHandle<()>>,
     ) -> anyhow::Result<Self> {
@@ -133,6 +140,10 @@ impl Source {
                 cni,
             } => {
                 let client = client::connect(kubeconfig.clone()).await?;
+                // Before anything is waited for: whoever is told to end meanwhile must know.
+                let told = leaving.subscribe();
+                let following = removal::follow(client.clone(), namespace.clone(), leaving);
+                tasks.push(tokio::spawn(following));
                 let (faults_told, faults) = watch::channel(Arc::default());
                 let (objects_told, objects) = watch::channel(Arc::default());
                 let outputs = watches::Outputs {
@@ -161,6 +172,7 @@ impl Source {
                     cluster: Some(Cluster {
                         client,
                         namespace: namespace.clone(),
+                        leaving: told,
                         finding,
                     }),
                 })

@@ -39,6 +39,11 @@ fn standing(mesh: &Mesh, uid: &str, capture: impl FnOnce(&str) -> Option<Capture
     let Some(workload) = mesh.workloads.get(uid).filter(|workload| workload.local) else {
         return Standing::Unknown;
     };
+    // Watched apart from its namespace, a pod may be told first. To call it plain then would let a
+    // meshed one start before it is captured.
+    if workload.undecided {
+        return Standing::Unknown;
+    }
     if !workload.meshed || workload.host_network {
         return Standing::NotMeshed;
     }
@@ -53,6 +58,29 @@ fn standing(mesh: &Mesh, uid: &str, capture: impl FnOnce(&str) -> Option<Capture
 mod tests {
     use super::*;
     use crate::testing::manifests::{mesh, meshed_namespace, pod};
+
+    #[test]
+    fn a_pod_that_is_heard_of_before_its_namespace_is_not_called_plain() {
+        let out = "labels: {picomesh.io/mesh: disabled}";
+        let own = "labels: {picomesh.io/mesh: enabled}";
+        let pods = pod("shop/pod", "n1", &["10.0.0.1"], "")
+            + &pod("shop/out", "n1", &["10.0.0.2"], out)
+            + &pod("shop/own", "n1", &["10.0.0.3"], own)
+            + &pod("kube-system/dns", "n1", &["10.0.0.4"], "");
+        let early = mesh(&pods);
+        let of = |mesh: &Mesh, uid: &str| standing(mesh, uid, |_| None);
+        assert_eq!(of(&early, "uid-pod"), Standing::Unknown);
+        // Whatever its namespace says.
+        assert_eq!(of(&early, "uid-out"), Standing::NotMeshed);
+        assert_eq!(of(&early, "uid-own"), Standing::Awaited { reason: None });
+        assert_eq!(of(&early, "uid-dns"), Standing::NotMeshed);
+
+        let meshed = mesh(&(meshed_namespace("shop", "") + &pods));
+        assert_eq!(of(&meshed, "uid-pod"), Standing::Awaited { reason: None });
+        let plain = "---\n{apiVersion: v1, kind: Namespace, metadata: {name: shop}}\n";
+        let plain = mesh(&(plain.to_owned() + &pods));
+        assert_eq!(of(&plain, "uid-pod"), Standing::NotMeshed);
+    }
 
     #[test]
     fn the_mesh_says_whether_and_the_kernel_half_says_where() {

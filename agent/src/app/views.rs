@@ -84,7 +84,9 @@ impl Shown {
 
     fn readiness(&self) -> Value {
         let awaited = self.readiness.pending();
-        json!({"ready": awaited.is_empty(), "awaited": awaited})
+        // Pods whose certificates are there are served meanwhile.
+        let serves = awaited.iter().all(|what| *what == super::CERTIFICATES);
+        json!({"ready": awaited.is_empty(), "serves": serves, "awaited": awaited})
     }
 
     fn state(&self) -> Value {

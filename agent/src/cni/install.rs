@@ -7,7 +7,7 @@
 //! the other stays as it is.
 //!
 //! **Every step is one rename**, and each leaves a configuration that works: the program is there
-//! before the entry, and the entry is gone before the program. What is not understood is reported
+//! before the entry, and the program goes only when no configuration is found that has it. What is not understood is reported
 //! and left alone; the runtime would not read it either.
 //!
 //! **Others write here too.** Network plugins write their configuration anew when they start.
@@ -23,13 +23,15 @@ mod places;
 mod wake;
 
 use std::{
+    collections::VecDeque,
     fs, io,
     path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
 use serde_json::json;
@@ -42,7 +44,7 @@ use tokio::{
 use tracing::{debug, info, warn};
 
 use self::{
-    files::{Dir, Text, read_program},
+    files::{Dir, Text, mentions, read_program},
     places::PLACES,
     wake::Watch,
 };
@@ -57,6 +59,11 @@ const MAX_FILES: usize = 1024;
 const MAX_PROGRAM: u64 = 64 * 1024 * 1024;
 /// After the first change its companions are waited for.
 const GATHER: Duration = Duration::from_millis(100);
+/// How often a file that somebody else is writing is tried in one go.
+const TRIES: u32 = 5;
+/// More repairs than this within [`QUARREL`] are a quarrel: somebody puts back what we replace.
+const REPAIRS: usize = 3;
+const QUARREL: Duration = Duration::from_secs(60);
 /// Looked at this often without being told.
 const POLL: Duration = Duration::from_secs(5);
 
@@ -96,6 +103,11 @@ pub enum Installed {
 pub enum InstallError {
     #[error("{path}: {source}")]
     File { path: PathBuf, source: io::Error },
+    #[error(
+        "{path}: {source}; chown its directory to root, or give the agent the capability \
+         DAC_OVERRIDE: without it root may write only where its owner is root"
+    )]
+    Denied { path: PathBuf, source: io::Error },
     #[error("{path} {why}; it is left alone, and pods are captured only after they have started")]
     Malformed {
         path: PathBuf,
@@ -103,6 +115,11 @@ pub enum InstallError {
     },
     #[error("{path} is written by somebody else all the time; it is tried again")]
     Contended { path: PathBuf },
+    #[error(
+        "{path} still names {PLUGIN}, so its program and what that goes by stay: without them no pod \
+         would start; take the entry out of the file, then run: picomesh-agent cleanup"
+    )]
+    StillNamed { path: PathBuf },
     #[error(
         "{configuration} names the plugin {plugin}, which is in none of {looked}; name its directory \
          with --cni-bin-dir"
@@ -119,6 +136,8 @@ pub enum InstallError {
 pub struct Removed {
     pub done: Vec<PathBuf>,
     pub problems: Vec<InstallError>,
+    /// No configuration of the node names the plugin any more: nobody misses what it needs.
+    pub unplugged: bool,
 }
 
 pub struct Installer {
@@ -160,27 +179,69 @@ impl Installer {
     ) {
         let changed = Arc::new(Notify::new());
         let mut watcher = Watch::new(&changed);
+        let mut repairs = Repairs::default();
         loop {
             if let Some(watcher) = &mut watcher {
                 watcher.follow(&self.directories());
             }
+            let mut rest = None;
             if writes.load(Ordering::Acquire) {
                 let installer = Arc::clone(&self);
                 let done = spawn_blocking(move || installer.ensure()).await;
-                let (now, mended) = match done {
+                let (mut now, mended) = match done {
                     Ok(Ok((now, mended))) => (now, mended),
                     Ok(Err(error)) => (Installed::Failed(error.to_string()), Vec::new()),
                     // The runtime ends.
                     Err(_) => return,
                 };
+                rest = repairs.rest(&mended, Instant::now());
+                if rest.is_some() {
+                    now = Installed::Failed(repairs.sentence());
+                }
                 let before = told.send_replace(now.clone());
                 report(&before, &now, &mended);
             }
             tokio::select! {
                 () = drain.begun() => return,
-                waited = timeout(POLL, changed.notified()) => if waited.is_ok() {
+                // Not woken before: the other's change would do that at once.
+                () = sleep(rest.unwrap_or_default()), if rest.is_some() => {}
+                waited = timeout(POLL, changed.notified()), if rest.is_none() => if waited.is_ok() {
                     sleep(GATHER).await;
                 },
+            }
+        }
+    }
+
+    /// The opposite of [`Installer::keep`]: takes out what an agent before has put there, and ends
+    /// when that is done. What the plugin goes by stays, for one that is only just being called.
+    pub async fn keep_out(
+        self: Arc<Self>,
+        writes: Arc<AtomicBool>,
+        told: watch::Sender<Installed>,
+        mut drain: drain::Guard,
+    ) {
+        loop {
+            if writes.load(Ordering::Acquire) {
+                let installer = Arc::clone(&self);
+                let Ok(removed) = spawn_blocking(move || installer.unplug()).await else {
+                    // The runtime ends.
+                    return;
+                };
+                for path in removed.done {
+                    info!(path = %path.display(), "the CNI plugin is taken off the node");
+                }
+                let Some(problem) = removed.problems.first() else {
+                    told.send_replace(Installed::No);
+                    return;
+                };
+                let failed = Installed::Failed(problem.to_string());
+                if told.send_replace(failed.clone()) != failed {
+                    warn!(%problem, "the CNI plugin cannot be taken off the node");
+                }
+            }
+            tokio::select! {
+                () = drain.begun() => return,
+                () = sleep(POLL) => {}
             }
         }
     }
@@ -188,45 +249,59 @@ impl Installer {
     /// Puts in what is missing; says which files were written.
     pub fn ensure(&self) -> Result<(Installed, Vec<PathBuf>), InstallError> {
         let Some(network) = self.network()? else {
-            return Ok((Installed::NoNetwork, Vec::new()));
+            // A list that was made of what is gone would be all that the runtime finds.
+            let mut written = Vec::new();
+            for (conf, _) in self.places() {
+                let dir = Dir::open(&self.settings.host_root, &conf).map_err(at(conf))?;
+                written.extend(dir.iter().flat_map(|dir| take_out_others(dir, None)));
+            }
+            return Ok((Installed::NoNetwork, written));
         };
+        let done = self.put_in(&network);
+        if let Err(InstallError::Malformed {
+            why: conflist::Malformed::Version(_),
+            ..
+        }) = done
+        {
+            // Its version was changed below our entry, or an agent before had let it pass.
+            take_out_others(&network.dir, None);
+        }
+        done
+    }
+
+    fn put_in(&self, network: &Network) -> Result<(Installed, Vec<PathBuf>), InstallError> {
         let mut written = Vec::new();
-        let bin = self.bin_of(&network)?;
+        let bin = self.bin_of(network)?;
+        let (dir, read) = (&network.dir, &network.read);
+        let path = dir.named(&network.name);
+        let listed = is_list(&network.name);
+        // Ours, and what it shall hold, unless it does already.
+        let (name, new) = if listed {
+            let new = edited(conflist::with_entry(&network.text, &self.entry), &path)?;
+            (network.name.clone(), new)
+        } else {
+            let list = edited(conflist::from_single(&network.text, &self.entry), &path)?;
+            let made = made_of(&network.name);
+            let there = dir.read(&made, conflist::MAX_BYTES);
+            let same = there.is_ok_and(|there| there.bytes == list.as_bytes());
+            (made, (!same).then_some(list))
+        };
         let program = bin.named(PLUGIN);
         if self.copy_program(&bin)? {
             written.push(program.clone());
         }
-        let configuration = if is_list(&network.name) {
-            let path = network.dir.named(&network.name);
-            if let Some(new) = edited(conflist::with_entry(&network.text, &self.entry), &path)? {
-                let (name, read) = (&network.name, &network.read);
-                replace(&network.dir, name, Some(read), &new)?;
-                written.push(path.clone());
+        let configuration = dir.named(&name);
+        if let Some(new) = new {
+            if listed {
+                replace(dir, &name, Some(read), &new)?;
+            } else {
+                let put = dir.put(&name, new.as_bytes(), read.mode);
+                put.map_err(at(configuration.clone()))?;
             }
-            path
-        } else {
-            let path = network.dir.named(&network.name);
-            let list = edited(conflist::from_single(&network.text, &self.entry), &path)?;
-            let made = made_of(&network.name);
-            let there = network.dir.read(&made, conflist::MAX_BYTES).ok();
-            if there
-                .as_ref()
-                .is_none_or(|there| there.bytes != list.as_bytes())
-            {
-                let put = network.dir.put(&made, list.as_bytes(), network.read.mode);
-                put.map_err(at(network.dir.named(&made)))?;
-                written.push(network.dir.named(&made));
-            }
-            network.dir.named(&made)
-        };
-        // What the runtime used before, and uses no more.
-        let kept = configuration.file_name().and_then(|name| name.to_str());
-        let mut removed = Removed::default();
-        take_out(&network.dir, kept, &mut removed);
-        written.extend(removed.done);
-        for problem in removed.problems {
-            debug!(%problem, "a configuration that is not used");
+            written.push(configuration.clone());
         }
+        // What the runtime used before, and uses no more.
+        written.extend(take_out_others(dir, Some(&name)));
         let now = Installed::At {
             configuration,
             program,
@@ -235,17 +310,39 @@ impl Installer {
     }
 
     /// Takes out everything of ours, wherever a distribution could have it. What others have there
-    /// stays as it is now.
+    /// stays as it is now. A runtime that finds our entry and not our program starts no pod, so as
+    /// long as one configuration names the plugin everything that it needs stays.
     pub fn remove(&self) -> Removed {
+        let mut removed = self.unplug();
+        if removed.unplugged {
+            // Last: a plugin that still runs must not miss it.
+            self.forget_intent(&mut removed);
+        }
+        removed
+    }
+
+    /// The entry, and if no configuration has it any more the program.
+    fn unplug(&self) -> Removed {
         let mut removed = Removed::default();
         let mut bins = Vec::new();
+        let mut named = false;
         for (conf, candidates) in self.places() {
             match Dir::open(&self.settings.host_root, &conf) {
-                Ok(Some(dir)) => take_out(&dir, None, &mut removed),
+                Ok(Some(dir)) => {
+                    take_out(&dir, None, &mut removed);
+                    named |= self.is_named(&dir, &mut removed);
+                }
                 Ok(None) => {}
-                Err(source) => removed.problems.push(at(conf)(source)),
+                Err(source) => {
+                    named = true;
+                    removed.problems.push(at(conf)(source));
+                }
             }
             bins.extend(candidates);
+        }
+        removed.unplugged = !named;
+        if named {
+            return removed;
         }
         for path in bins {
             let gone = Dir::open(&self.settings.host_root, &path).and_then(|dir| match dir {
@@ -254,9 +351,30 @@ impl Installer {
             });
             removed.note(path.join(PLUGIN), gone);
         }
-        // Last: a plugin that still runs must not miss it.
-        self.forget_intent(&mut removed);
         removed
+    }
+
+    /// Does any configuration still name the plugin? One that cannot be read might.
+    fn is_named(&self, dir: &Dir, removed: &mut Removed) -> bool {
+        let names = match dir.names(MAX_FILES) {
+            Ok(names) => names,
+            Err(source) => {
+                removed.problems.push(at(dir.path.clone())(source));
+                return true;
+            }
+        };
+        let mut named = false;
+        for name in names.iter().filter(|name| is_configuration(name)) {
+            let path = dir.named(name);
+            let root = &self.settings.host_root;
+            match mentions(root, &path, PLUGIN, conflist::MAX_BYTES) {
+                Ok(false) => continue,
+                Ok(true) => removed.problems.push(InstallError::StillNamed { path }),
+                Err(source) => removed.problems.push(at(path)(source)),
+            }
+            named = true;
+        }
+        named
     }
 
     fn forget_intent(&self, removed: &mut Removed) {
@@ -392,6 +510,37 @@ impl Installer {
     }
 }
 
+/// Files that were put right of late, so that two who each put theirs back do not do it without end.
+#[derive(Default)]
+struct Repairs {
+    times: VecDeque<Instant>,
+    last: PathBuf,
+}
+
+impl Repairs {
+    /// How long to leave it alone; `None`: nobody quarrels.
+    fn rest(&mut self, written: &[PathBuf], now: Instant) -> Option<Duration> {
+        if let Some(path) = written.last() {
+            self.times.push_back(now);
+            self.last.clone_from(path);
+        }
+        let old = |then: &Instant| now.saturating_duration_since(*then) >= QUARREL;
+        while self.times.front().is_some_and(old) {
+            self.times.pop_front();
+        }
+        let more = u32::try_from(self.times.len().checked_sub(REPAIRS + 1)?).unwrap_or(u32::MAX);
+        Some((2 * GATHER * 2_u32.saturating_pow(more)).min(POLL))
+    }
+
+    fn sentence(&self) -> String {
+        format!(
+            "somebody restores {} whenever the CNI plugin's entry is put in; find out who, or set \
+             --no-cni",
+            self.last.display()
+        )
+    }
+}
+
 impl Removed {
     fn note(&mut self, path: PathBuf, gone: io::Result<bool>) {
         match gone {
@@ -417,26 +566,46 @@ fn take_out(dir: &Dir, kept: Option<&str>, removed: &mut Removed) {
         if !is_list(&name) {
             continue;
         }
-        if let Err(source) = dir.tidy(&name) {
-            removed.problems.push(at(path.clone())(source));
-        }
-        let Ok(read) = dir.read(&name, conflist::MAX_BYTES) else {
-            continue;
-        };
-        let Ok(text) = String::from_utf8(read.bytes.clone()) else {
-            continue;
-        };
-        if !text.contains(PLUGIN) {
-            continue;
-        }
-        let done = edited(conflist::without_entry(&text), &path).and_then(|new| match new {
-            Some(new) => replace(dir, &name, Some(&read), &new).map(|()| true),
-            None => Ok(false),
-        });
-        match done {
+        match take_out_of(dir, &name) {
             Ok(true) => removed.done.push(path),
             Ok(false) => {}
             Err(problem) => removed.problems.push(problem),
+        }
+    }
+}
+
+/// Takes ours out of what the runtime does not use; says which files were written.
+fn take_out_others(dir: &Dir, kept: Option<&str>) -> Vec<PathBuf> {
+    let mut removed = Removed::default();
+    take_out(dir, kept, &mut removed);
+    for problem in removed.problems {
+        debug!(%problem, "a configuration that is not used");
+    }
+    removed.done
+}
+
+/// True: our entry was there.
+fn take_out_of(dir: &Dir, name: &str) -> Result<bool, InstallError> {
+    let path = dir.named(name);
+    dir.tidy(name).map_err(at(path.clone()))?;
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        // What cannot be read is told by whoever must know that nobody names us any more.
+        let Ok(read) = dir.read(name, conflist::MAX_BYTES) else {
+            return Ok(false);
+        };
+        let text = match std::str::from_utf8(&read.bytes) {
+            Ok(text) if text.contains(PLUGIN) => text,
+            Ok(_) | Err(_) => return Ok(false),
+        };
+        let Some(new) = edited(conflist::without_entry(text), &path)? else {
+            return Ok(false);
+        };
+        match replace(dir, name, Some(&read), &new) {
+            Ok(()) => return Ok(true),
+            Err(InstallError::Contended { .. }) if tries < TRIES => thread::sleep(GATHER),
+            Err(error) => return Err(error),
         }
     }
 }
@@ -458,7 +627,13 @@ fn edited<T>(edited: Result<T, conflist::Malformed>, path: &Path) -> Result<T, I
 }
 
 fn at(path: PathBuf) -> impl FnOnce(io::Error) -> InstallError {
-    move |source| InstallError::File { path, source }
+    move |source| {
+        if source.kind() == io::ErrorKind::PermissionDenied {
+            InstallError::Denied { path, source }
+        } else {
+            InstallError::File { path, source }
+        }
+    }
 }
 
 /// What runtimes look at.

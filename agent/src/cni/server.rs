@@ -10,7 +10,8 @@
 //! record.
 //!
 //! Strangers cost a place among [`CALLS`] for a few seconds. When all are taken, who calls waits in
-//! the socket's queue, and the plugin's own patience ends that.
+//! the socket's queue, and the plugin's own patience ends that. Who waits for a capture has a place
+//! among [`WAITING`] instead, so that pods of the mesh that do not start hold up no others.
 
 use std::{
     io,
@@ -28,10 +29,11 @@ use nix::{
     },
     unistd::geteuid,
 };
+use parking_lot::Mutex;
 use thiserror::Error;
 use tokio::{
     io::{Interest, unix::AsyncFd},
-    sync::Semaphore,
+    sync::{OwnedSemaphorePermit, Semaphore},
     time::{Instant, sleep, timeout},
 };
 use tracing::{debug, info, warn};
@@ -47,8 +49,10 @@ use super::{
     sandboxes::{NetnsId, Sandboxes},
 };
 
-/// Calls at a time. A kubelet starts fewer pods at once.
+/// Calls at a time that are read and answered at once.
 const CALLS: usize = 64;
+/// Calls at a time that wait. A node has fewer pods.
+const WAITING: usize = 512;
 const BACKLOG: i32 = 256;
 /// Between two looks. An enrolment takes tens of milliseconds.
 const LOOK: Duration = Duration::from_millis(10);
@@ -56,7 +60,7 @@ const LOOK: Duration = Duration::from_millis(10);
 /// How a pod stands, as far as the agent knows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Standing {
-    /// Nobody has told us of it yet.
+    /// Nobody has told us of it yet, or of its namespace.
     Unknown,
     /// It is not to be captured.
     NotMeshed,
@@ -143,6 +147,7 @@ impl Server {
         mut drain: drain::Guard,
     ) {
         let places = Arc::new(Semaphore::new(CALLS));
+        let waiting = Arc::new(Semaphore::new(WAITING));
         loop {
             let place = places.clone().acquire_owned();
             let accepted = async {
@@ -157,12 +162,14 @@ impl Server {
             match accepted {
                 Ok(socket) => {
                     let (pods, sandboxes) = (Arc::clone(&pods), Arc::clone(&sandboxes));
-                    let mut drain = drain.clone();
+                    let (mut drain, waiting) = (drain.clone(), Arc::clone(&waiting));
                     tokio::spawn(async move {
                         let call = Call {
                             pods: &*pods,
                             sandboxes: &sandboxes,
                             patience,
+                            place: Mutex::new(place),
+                            waiting: &waiting,
                         };
                         tokio::select! {
                             served = call.serve(socket) => if let Err(error) = served {
@@ -170,7 +177,6 @@ impl Server {
                             },
                             () = drain.begun() => {}
                         }
-                        drop(place);
                     });
                 }
                 Err(error) => {
@@ -186,6 +192,9 @@ struct Call<'a> {
     pods: &'a dyn Pods,
     sandboxes: &'a Sandboxes,
     patience: Patience,
+    /// Among [`CALLS`], until it has to wait.
+    place: Mutex<Option<OwnedSemaphorePermit>>,
+    waiting: &'a Semaphore,
 }
 
 impl Call<'_> {
@@ -291,6 +300,7 @@ impl Call<'_> {
 
     /// Waits until it is known what becomes of the pod.
     async fn settled(&self, asked: &Question, uid: &str, netns: NetnsId, begun: Instant) -> Answer {
+        let mut waits = None;
         loop {
             let waited = begun.elapsed();
             match self.standing(asked, uid) {
@@ -301,8 +311,8 @@ impl Call<'_> {
                 Standing::Unknown if waited >= self.patience.known => {
                     let seconds = waited.as_secs();
                     return Answer::unknown(format!(
-                        "it has not heard of the pod within {seconds} s; does it reach the API \
-                         server?"
+                        "it has not heard of the pod and its namespace within {seconds} s; does \
+                         it reach the API server?"
                     ));
                 }
                 Standing::Awaited { reason } if waited >= self.patience.captured => {
@@ -312,6 +322,13 @@ impl Call<'_> {
                     return Answer::refused("the sandbox before this one is still there");
                 }
                 Standing::Unknown | Standing::Captured { .. } | Standing::Awaited { .. } => {}
+            }
+            if waits.is_none() {
+                let Ok(place) = self.waiting.try_acquire() else {
+                    return Answer::unknown(format!("{WAITING} others wait already"));
+                };
+                waits = Some(place);
+                self.place.lock().take();
             }
             sleep(LOOK).await;
         }

@@ -91,8 +91,9 @@ pub struct RunArgs {
     pub(super) dirs: DirArgs,
     #[command(flatten)]
     pub(super) cni: CniArgs,
-    /// Do not put the CNI plugin into the node's network configuration. Pods are then captured a
-    /// moment after their first container has started.
+    /// Do not put the CNI plugin into the node's network configuration, and take it out if an agent
+    /// before has put it there. Pods are then captured a moment after their first container has
+    /// started.
     #[arg(long, env = "PICOMESH_NO_CNI")]
     pub(super) no_cni: bool,
     /// Trust domain of the workloads' identities.
@@ -339,6 +340,9 @@ pub struct ProbeArgs {
 pub enum ProbeArg {
     /// It serves, and nothing is awaited.
     Ready,
+    /// It serves what it can: the mesh is known and every pod was tried. Certificates may still be
+    /// awaited, from a signer that is away.
+    Serves,
     /// It answers, or has handed over to another.
     Live,
 }

@@ -273,7 +273,8 @@ fn without_manifests_the_cluster_is_the_source() {
         namespace: namespace.into(),
         cni: Cni {
             host_root: "/".into(),
-            install: Some(install.clone()),
+            install: install.clone(),
+            plugin: true,
         },
     };
     assert_eq!(source(&[], true), Ok(cluster(None, "picomesh-system")));
@@ -297,11 +298,12 @@ fn without_manifests_the_cluster_is_the_source() {
         run_dir: "/r".into(),
         ..install.clone()
     };
-    assert_eq!((cni.host_root, cni.install), ("/host".into(), Some(there)));
+    assert_eq!((cni.host_root, cni.install), ("/host".into(), there));
     let Source::Cluster { cni, .. } = source(&["--no-cni"], true).unwrap() else {
         panic!("not a cluster")
     };
-    assert_eq!(cni.install, None);
+    // Where it would be must be known: an agent before may have put it there.
+    assert_eq!((cni.install, cni.plugin), (install, false));
     let error = source(&["--cni-bin-dir=b"], true).unwrap_err();
     assert_eq!(error.flag, "--cni-bin-dir");
     let error = source(&[], false).unwrap_err();

@@ -14,7 +14,7 @@ pub mod netns;
 pub mod pods;
 pub mod sockets;
 
-use std::{net::TcpListener, path::PathBuf, sync::Arc};
+use std::{collections::HashSet, net::TcpListener, path::PathBuf, sync::Arc};
 
 use picomesh_common::PodConfig;
 
@@ -38,8 +38,45 @@ pub struct DesiredPod {
     pub netns: PathBuf,
 }
 
-/// All pods that should be captured on this node, as one level-triggered word.
-pub type Desired = Arc<Vec<DesiredPod>>;
+/// What should be captured on this node, as one level-triggered word.
+pub type Desired = Arc<Wishes>;
+
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Wishes {
+    pub pods: Vec<DesiredPod>,
+    pub others: Others,
+}
+
+/// What becomes of a captured pod that is not among those.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub enum Others {
+    /// It leaves.
+    #[default]
+    Leave,
+    /// It leaves if it is among these, of which is known that they are outside of the mesh. Of
+    /// another nothing is known any more, and its containers may run on: it stays as it is until
+    /// its namespace is gone.
+    Stay { but: HashSet<PodUid> },
+}
+
+impl Others {
+    pub(crate) fn leaves(&self, uid: &PodUid) -> bool {
+        match self {
+            Self::Leave => true,
+            Self::Stay { but } => but.contains(uid),
+        }
+    }
+}
+
+impl From<Vec<DesiredPod>> for Wishes {
+    /// All others leave.
+    fn from(pods: Vec<DesiredPod>) -> Self {
+        Self {
+            pods,
+            others: Others::Leave,
+        }
+    }
+}
 
 /// What the data threads must do.
 pub enum PodEvent {

@@ -152,9 +152,10 @@ impl NetNs {
         self.inode.1
     }
 
-    /// Does `path` still lead here?
-    pub fn is_still_at(&self, path: &Path) -> bool {
-        std::fs::metadata(path).is_ok_and(|found| (found.dev(), found.ino()) == self.inode)
+    /// Does `path` lead here? `None`: it leads nowhere.
+    pub fn is_at(&self, path: &Path) -> Option<bool> {
+        let found = fs::metadata(path).ok()?;
+        Some((found.dev(), found.ino()) == self.inode)
     }
 
     /// Runs `work` on a thread of its own inside the namespace, and waits for it.
@@ -232,6 +233,16 @@ mod tests {
             .unwrap();
         assert_ne!(here, 0);
         assert_eq!(here, there);
+    }
+
+    #[test]
+    fn a_namespace_is_known_by_whatever_path_leads_to_it() {
+        let home = Home::of_this_thread().unwrap();
+        let netns = NetNs::open(Path::new("/proc/thread-self/ns/net"), &home).unwrap();
+        let process = format!("/proc/{}/ns/net", std::process::id());
+        assert_eq!(netns.is_at(Path::new(&process)), Some(true));
+        assert_eq!(netns.is_at(Path::new("/proc/self/ns/uts")), Some(false));
+        assert_eq!(netns.is_at(Path::new("/run/netns/no-such-netns")), None);
     }
 
     #[test]

@@ -6,6 +6,8 @@
 //! standing watch of two objects. Only what a watch has shown counts: the object is being deleted,
 //! or is gone after it was seen. Silence and errors mean no.
 
+use std::time::Duration;
+
 use futures_util::StreamExt;
 use k8s_openapi::{
     api::{apps::v1::DaemonSet, core::v1::Namespace},
@@ -17,7 +19,7 @@ use kube::{
     runtime::watcher::{self, Event},
 };
 use serde::Deserialize;
-use tokio::sync::watch;
+use tokio::{sync::watch, time::timeout};
 use tracing::{debug, info};
 
 use super::{Seen, watch as watches};
@@ -25,18 +27,43 @@ use super::{Seen, watch as watches};
 /// The DaemonSet that agents are of.
 pub const DAEMON_SET: &str = "picomesh-agent";
 
+/// A watch that has not failed for so long after it had is well. No try takes longer.
+const SILENCE: Duration = Duration::from_secs(60);
+
+/// Is the mesh being taken off?
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Leaving {
+    /// The API server has not said anything yet, or says nothing at the moment.
+    #[default]
+    Unheard,
+    No,
+    Yes,
+}
+
+impl Leaving {
+    /// Of two objects: the one that goes takes the mesh with it.
+    fn either(self, other: Self) -> Self {
+        match (self, other) {
+            (Self::Yes, _) | (_, Self::Yes) => Self::Yes,
+            (Self::No, Self::No) => Self::No,
+            (Self::Unheard, _) | (_, Self::Unheard) => Self::Unheard,
+        }
+    }
+}
+
 /// Tells `leaving` whether the DaemonSet in `namespace`, or `namespace` itself, goes. Ends when
 /// nobody listens.
-pub async fn follow(client: Client, namespace: String, leaving: watch::Sender<bool>) {
+pub async fn follow(client: Client, namespace: String, leaving: watch::Sender<Leaving>) {
     let namespaces = Api::<Seen>::all_with(client.clone(), &ApiResource::erase::<Namespace>(&()));
     let sets = ApiResource::erase::<DaemonSet>(&());
     let sets = Api::<Seen>::namespaced_with(client, &namespace, &sets);
-    let (of_namespace, namespace_goes) = watch::channel(false);
-    let (of_set, set_goes) = watch::channel(false);
+    let (of_namespace, namespace_goes) = watch::channel(Leaving::default());
+    let (of_set, set_goes) = watch::channel(Leaving::default());
     let told = async {
         let (mut one, mut other) = (namespace_goes, set_goes);
         loop {
-            let goes = *one.borrow_and_update() || *other.borrow_and_update();
+            let (of_one, of_other) = (*one.borrow_and_update(), *other.borrow_and_update());
+            let goes = of_one.either(of_other);
             leaving.send_if_modified(|known| {
                 let changed = *known != goes;
                 *known = goes;
@@ -57,20 +84,41 @@ pub async fn follow(client: Client, namespace: String, leaving: watch::Sender<bo
 }
 
 /// One object by its name.
-async fn one(api: Api<Seen>, name: &str, goes: &watch::Sender<bool>) {
+async fn one(api: Api<Seen>, name: &str, goes: &watch::Sender<Leaving>) {
     let only = watches::config().fields(&format!("metadata.name={name}"));
     let mut events = watches::endless(api, only);
     let mut life = Life::default();
-    while let Some(event) = events.next().await {
+    // A watch that was broken off goes on without a word when it can.
+    let mut resuming = false;
+    loop {
+        let event = match timeout(SILENCE, events.next()).await {
+            Ok(Some(event)) => event,
+            Ok(None) => return,
+            Err(_) => {
+                if std::mem::take(&mut resuming) {
+                    goes.send_replace(life.leaving(true));
+                }
+                continue;
+            }
+        };
+        resuming = false;
         match event {
             Ok(event) => {
                 let (before, after) = (life.goes(), life.hear(&event));
                 if before != after {
                     info!(name, leaving = after, "seen in the API server");
-                    goes.send_replace(after);
                 }
+                let listing = matches!(event, Event::Init | Event::InitApply(_));
+                goes.send_replace(life.leaving(!listing));
             }
-            Err(error) => debug!(name, %error, "watching for its deletion"),
+            Err(error) => {
+                goes.send_replace(life.leaving(false));
+                resuming = matches!(
+                    error,
+                    watcher::Error::WatchStartFailed(_) | watcher::Error::WatchFailed(_)
+                );
+                debug!(name, %error, "watching for its deletion");
+            }
         }
     }
 }
@@ -109,6 +157,15 @@ impl Life {
         matches!(self.state, State::Deleting | State::Gone)
     }
 
+    /// `heard`: nothing may have happened that we were not told of.
+    fn leaving(&self, heard: bool) -> Leaving {
+        match (self.goes(), heard) {
+            (true, _) => Leaving::Yes,
+            (false, true) => Leaving::No,
+            (false, false) => Leaving::Unheard,
+        }
+    }
+
     fn hear(&mut self, event: &watcher::Event<Seen>) -> bool {
         match event {
             Event::Init => self.listed = false,
@@ -135,8 +192,6 @@ impl Life {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use serde_json::json;
     use tokio::time::sleep;
 
@@ -156,24 +211,45 @@ mod tests {
             "/api/v1/namespaces",
             json!({"metadata": {"name": "picomesh-system"}}),
         );
-        let (told, mut leaving) = watch::channel(false);
+        let (told, mut leaving) = watch::channel(Leaving::default());
         let following = follow(server.client(), "picomesh-system".into(), told);
         let following = tokio::spawn(following);
         sleep(Duration::from_secs(5)).await;
+        assert_eq!(*leaving.borrow(), Leaving::No);
         server.set_away(true);
-        sleep(Duration::from_secs(60)).await;
+        sleep(Duration::from_secs(180)).await;
+        assert_eq!(*leaving.borrow(), Leaving::Unheard);
         server.set_away(false);
         sleep(Duration::from_secs(15)).await;
-        assert!(!*leaving.borrow());
+        assert_ne!(*leaving.borrow(), Leaving::Yes);
         // It may have forgotten what we knew last, and answer the watch itself so.
         server.refuse_old(SETS);
         sleep(Duration::from_secs(15)).await;
-        assert!(!*leaving.borrow());
+        assert_ne!(*leaving.borrow(), Leaving::Yes);
+        sleep(SILENCE).await;
+        assert_eq!(*leaving.borrow(), Leaving::No);
 
         server.delete(SETS, &format!("picomesh-system/{DAEMON_SET}"));
-        let gone = tokio::time::timeout(Duration::from_secs(1), leaving.wait_for(|gone| *gone));
+        let gone = tokio::time::timeout(
+            Duration::from_secs(1),
+            leaving.wait_for(|now| *now == Leaving::Yes),
+        );
         gone.await.expect("within a second").unwrap();
         following.abort();
+    }
+
+    #[test]
+    fn one_that_goes_is_enough_and_both_must_be_heard_of_to_know_better() {
+        use Leaving::{No, Unheard, Yes};
+        for (one, other, both) in [
+            (Yes, Unheard, Yes),
+            (No, Yes, Yes),
+            (No, No, No),
+            (No, Unheard, Unheard),
+            (Unheard, Unheard, Unheard),
+        ] {
+            assert_eq!((one.either(other), other.either(one)), (both, both));
+        }
     }
 
     fn object(deleting: bool) -> Seen {

@@ -19,6 +19,7 @@ fn workload(name: &str, deployment: &str) -> Arc<Workload> {
         ips: vec![IpAddr::from([10, 1, 0, 1])],
         host_network: false,
         meshed: true,
+        undecided: false,
         refused: None,
         labels: [(Arc::from("app"), Arc::from(deployment))].into(),
         namespace_labels: Default::default(),

@@ -2,11 +2,14 @@
 
 use std::{
     fs, io,
-    os::{fd::OwnedFd, unix::fs::PermissionsExt},
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
 };
 
-use rustix::net::{SocketFlags, accept_with};
+use rustix::{
+    fs::{Mode, fchmod},
+    net::{SocketFlags, accept_with},
+};
 use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::io::{Interest, unix::AsyncFd};
 
@@ -26,9 +29,10 @@ impl Listener {
             Ok(()) | Err(_) => {}
         }
         let socket = Socket::new(Domain::UNIX, packet_socket(), None)?;
+        // Before it has a name: the directory may be one that others can enter. What is bound gets
+        // the mode that the socket has.
+        fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
         socket.bind(&SockAddr::unix(&new)?)?;
-        // Nobody else gets so far before this is done: the directory is 0700.
-        fs::set_permissions(&new, fs::Permissions::from_mode(0o600))?;
         socket.listen(backlog)?;
         let socket = watched(socket.into(), Interest::READABLE)?;
         Ok(Self { socket, path })
@@ -68,4 +72,20 @@ pub fn watched(file: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>
 /// Where a socket waits for its place.
 fn beside(path: &Path) -> PathBuf {
     path.with_extension("sock.new")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_socket_is_its_owners_alone_from_the_moment_it_has_a_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.sock");
+        let _listener = Listener::beside(path.clone(), 1).unwrap();
+        let found = fs::symlink_metadata(beside(&path)).unwrap();
+        assert_eq!(found.mode() & 0o777, 0o600);
+    }
 }

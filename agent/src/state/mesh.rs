@@ -44,6 +44,8 @@ pub struct Workload {
     pub host_network: bool,
     /// Meshed by desired state: labels say so and it is not exempt.
     pub meshed: bool,
+    /// It depends on its namespace, which is not known yet: pods and namespaces are told apart.
+    pub undecided: bool,
     /// Its labels ask for the mesh, and a policy that only the CNI enforces keeps it outside.
     pub refused: Option<Arc<str>>,
     pub labels: Labels,
@@ -209,6 +211,10 @@ fn workloads<'a>(
 
     let mut servers = Servers::build(settings, objects, problems);
     let unsaid = Words::default();
+    let opted_in = Words {
+        mesh: Some(true),
+        ..Words::default()
+    };
     let mut workloads = HashMap::new();
     for pod in objects.pods.values().filter(|pod| !pod.terminal) {
         let namespace = ObjectKey {
@@ -216,10 +222,8 @@ fn workloads<'a>(
             namespace: "".into(),
             name: Arc::clone(&pod.key.namespace),
         };
-        let namespace = objects
-            .namespaces
-            .get(&namespace)
-            .map_or(&unsaid, |n| &n.words);
+        let known = objects.namespaces.get(&namespace);
+        let namespace = known.map_or(&unsaid, |n| &n.words);
         // The nearer word wins.
         let said = [&pod.words, namespace];
 
@@ -249,6 +253,9 @@ fn workloads<'a>(
             });
         }
 
+        let meshed = is_meshed(pod, namespace, &settings.namespace);
+        let undecided =
+            known.is_none() && !meshed && is_meshed(pod, &opted_in, &settings.namespace);
         let local = pod.node.as_ref() == Some(&settings.node);
         let served = local && !pod.host_network;
         let policy = served.then(|| {
@@ -275,7 +282,8 @@ fn workloads<'a>(
             local,
             ips: pod.ips.clone(),
             host_network: pod.host_network,
-            meshed: is_meshed(pod, namespace, &settings.namespace),
+            meshed,
+            undecided,
             refused: refused.cloned(),
             labels: pod.labels.clone(),
             namespace_labels: network.namespace_labels(&pod.key.namespace),

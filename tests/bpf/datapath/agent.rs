@@ -1,7 +1,7 @@
 //! The datapath with the least there can be behind it: every connection is passed on, unread.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
     path::PathBuf,
     sync::{
@@ -15,8 +15,8 @@ use std::{
 use anyhow::{Context, Result, bail};
 use parking_lot::Mutex;
 use picomesh::datapath::{
-    Datapath, DatapathSettings, Desired, DesiredPod, Generation, Paused, PodEvent, PodSockets,
-    PodStatus, Source,
+    Datapath, DatapathSettings, Desired, DesiredPod, Generation, Others, Paused, PodEvent,
+    PodSockets, PodStatus, Source, Wishes,
 };
 use picomesh_common::{PodConfig, config::rule};
 use picomesh_tests::wait::patience;
@@ -125,7 +125,7 @@ impl Agent {
         mut each: impl FnMut(PodEvent, &Served) + Send + 'static,
     ) -> Result<Self> {
         let served = Served::default();
-        let (sender, receiver) = watch::channel(Arc::new(pods));
+        let (sender, receiver) = watch::channel(Arc::new(pods.into()));
         let (runtime, datapath) = node.run(|| -> Result<_> {
             let runtime = tokio::runtime::Builder::new_multi_thread()
                 .worker_threads(2)
@@ -153,7 +153,16 @@ impl Agent {
     }
 
     pub(crate) fn want(&self, pods: Vec<DesiredPod>) {
-        self.desired.send_replace(Arc::new(pods));
+        self.desired.send_replace(Arc::new(pods.into()));
+    }
+
+    /// As on a cluster, where of all others nothing is known any more.
+    pub(crate) fn want_only(&self, pods: Vec<DesiredPod>) {
+        let but = HashSet::new();
+        self.desired.send_replace(Arc::new(Wishes {
+            pods,
+            others: Others::Stay { but },
+        }));
     }
 
     pub(crate) fn kick(&self) {

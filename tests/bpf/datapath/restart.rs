@@ -4,6 +4,7 @@
 use std::{
     fs,
     net::{SocketAddr, TcpStream},
+    os::unix::fs::symlink,
     path::PathBuf,
     sync::atomic::{AtomicBool, AtomicU32, Ordering},
     thread,
@@ -29,7 +30,7 @@ use super::{
     world::{Netns, ensure_same},
 };
 
-pub(super) const TESTS: [Test; 9] = [
+pub(super) const TESTS: [Test; 10] = [
     (
         "another_layout_takes_over_in_both_directions_and_nothing_is_plain",
         layouts,
@@ -38,6 +39,10 @@ pub(super) const TESTS: [Test; 9] = [
     (
         "a_pod_that_left_the_mesh_and_its_record_is_let_go",
         unrecorded,
+    ),
+    (
+        "a_pod_that_nobody_knows_any_more_or_whose_path_ended_stays_closed",
+        orphaned,
     ),
     ("damage_from_outside_is_mended_and_told", damage),
     ("a_reused_slot_has_nothing_of_its_former_pod", reused),
@@ -173,6 +178,45 @@ fn unrecorded() -> Result<()> {
         until(SOON, || ensure_same(&before, &world.client.picture()?))
             .with_context(|| format!("clsact {force_clsact}"))?;
         ping(&mut world.dial(server.at)?).with_context(|| format!("clsact {force_clsact}"))?;
+    }
+    Ok(())
+}
+
+/// Its object is gone and its containers run on; then the path that is on record leads nowhere.
+fn orphaned() -> Result<()> {
+    for force_clsact in [false, true] {
+        let world = World::new("orphaned")?;
+        let server = world.serve("10.97.0.3:8080")?;
+        let settings = DatapathSettings {
+            force_clsact,
+            ..world.dirs.settings()
+        };
+        fs::create_dir(&settings.run_dir)?;
+        let link = settings.run_dir.join("link");
+        symlink(world.client.path(), &link)?;
+        let mut pods = world.pods();
+        pods[0].netns = link.clone();
+        let staying = vec![pods[1].clone()];
+        let agent = Agent::start(&world.node, settings.clone(), pods)?;
+        for pod in ["client", "server"] {
+            agent.wait_for(pod, "captured")?;
+        }
+        let agent = without_a_plain_connection(&world, server.at, || {
+            agent.want_only(staying.clone());
+            thread::sleep(Duration::from_secs(3));
+            let status = agent.status("client").context("forgotten")?;
+            ensure!(status.state == "captured", "{status:?}");
+            drop(agent);
+            fs::remove_file(&link)?;
+            captured(&world, settings)
+        })
+        .with_context(|| format!("clsact {force_clsact}"))?;
+        let mut stream = world.dial(server.at)?;
+        ensure!(ping(&mut stream)?.port() != stream.local_addr()?.port());
+        // And it goes with its namespace.
+        agent.want_only(staying);
+        world.client.remake()?;
+        agent.wait_gone("client")?;
     }
     Ok(())
 }

@@ -10,13 +10,15 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use thiserror::Error;
 
-use crate::cni::{PLUGIN, shortened};
+use crate::cni::{
+    PLUGIN,
+    plugin::configuration::{VERSIONS, Version},
+    shortened,
+};
 
 /// No network configuration comes near.
 pub const MAX_BYTES: usize = 1024 * 1024;
 const MAX_PLUGINS: usize = 64;
-/// The first of the specification in which a plugin is told the result of the one before.
-const OLDEST: (u64, u64) = (0, 3);
 
 /// Why a file is left alone.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -32,10 +34,10 @@ pub enum Malformed {
     #[error("plugin {0} has no type")]
     NoType(usize),
     #[error(
-        "has cniVersion {0:?}, in which plugins cannot be chained; use a network plugin that writes \
-         0.3.1 or later"
+        "has cniVersion {0:?}, in which {PLUGIN} cannot be chained; use a network plugin that writes \
+         one of {known}", known = VERSIONS.map(Version::name).join(", ")
     )]
-    TooOld(String),
+    Version(String),
 }
 
 #[derive(Deserialize)]
@@ -61,9 +63,11 @@ struct Place {
     kind: String,
 }
 
-/// The list with `entry` as its last plugin, and nowhere else. `None`: it is so already.
+/// The list with `entry` as its last plugin, and nowhere else. `None`: it is so already. Only where
+/// runtimes may ask the plugin if it knows the list's version.
 pub fn with_entry(text: &str, entry: &str) -> Result<Option<String>, Malformed> {
     let plugins = places(text)?;
+    chainable(parse::<List<'_>>(text)?.cni_version)?;
     let ours = |place: &&Place| place.kind == PLUGIN;
     let mut found = plugins.iter().filter(ours);
     if let (Some(only), None) = (found.next(), found.next())
@@ -90,7 +94,7 @@ pub fn with_entry(text: &str, entry: &str) -> Result<Option<String>, Malformed> 
     Ok(Some(text))
 }
 
-/// The list without any entry of ours. `None`: there is none. A list that would be empty is not
+/// The list without any entry of ours, whatever its version. `None`: there is none. A list that would be empty is not
 /// possible: ours alone makes no interfaces, so nobody runs it.
 pub fn without_entry(text: &str) -> Result<Option<String>, Malformed> {
     let plugins = places(text)?;
@@ -154,7 +158,6 @@ fn places(text: &str) -> Result<Vec<Place>, Malformed> {
     if plugins.len() > MAX_PLUGINS {
         return Err(Malformed::TooMany(plugins.len()));
     }
-    chainable(list.cni_version)?;
     let mut places = Vec::new();
     for (n, raw) in plugins.into_iter().enumerate() {
         let plugin: Plugin = parse(raw.get())?;
@@ -180,12 +183,14 @@ fn parse<'a, T: Deserialize<'a>>(text: &'a str) -> Result<T, Malformed> {
     serde_json::from_str(text).map_err(garbage)
 }
 
+/// A runtime may ask each plugin for the versions it knows, and drop the whole list for one that
+/// does not know the list's own. Before 0.3.0 a plugin is not told the result of the one before.
 fn chainable(version: Option<String>) -> Result<String, Malformed> {
     let version = version.unwrap_or_default();
-    let mut numbers = version.split('.').map(|number| number.parse::<u64>().ok());
-    match (numbers.next().flatten(), numbers.next().flatten()) {
-        (Some(major), Some(minor)) if (major, minor) >= OLDEST => Ok(version),
-        (_, _) => Err(Malformed::TooOld(shortened(version, 64))),
+    if VERSIONS.iter().any(|known| known.name() == version) {
+        Ok(version)
+    } else {
+        Err(Malformed::Version(shortened(version, 64)))
     }
 }
 
@@ -302,9 +307,25 @@ mod tests {
         assert_eq!(refused(&alone), Malformed::NoPlugins);
         let only = format!(r#"{{"cniVersion":"1.0.0","plugins":[{ENTRY}]}}"#);
         assert_eq!(refused(&only), Malformed::NoPlugins);
-        for old in ["\"0.2.0\"", "\"\"", "\"x\"", "null"] {
-            let old = format!(r#"{{"cniVersion":{old},"plugins":[{{"type":"a"}}]}}"#);
-            assert!(matches!(refused(&old), Malformed::TooOld(_)), "{old}");
+        let others = [
+            "\"0.2.0\"",
+            "\"\"",
+            "\"x\"",
+            "null",
+            "\"1.0\"",
+            "\"1.2.0\"",
+            "\"2.0.0\"",
+        ];
+        for other in others {
+            let list = format!(r#"{{"cniVersion":{other},"plugins":[{{"type":"a"}}]}}"#);
+            let why = refused(&list);
+            assert!(matches!(why, Malformed::Version(_)), "{other}");
+            assert!(why.to_string().contains("0.4.0, 1.0.0, 1.1.0"), "{why}");
+            let single = format!(r#"{{"cniVersion":{other},"type":"a"}}"#);
+            assert_eq!(from_single(&single, ENTRY), Err(why), "{other}");
+            // What an agent before has put in is taken out all the same.
+            let with = format!(r#"{{"cniVersion":{other},"plugins":[{{"type":"a"}},{ENTRY}]}}"#);
+            assert_eq!(without_entry(&with), Ok(Some(list)));
         }
         let many = vec![r#"{"type":"a"}"#; MAX_PLUGINS + 1].join(",");
         let many = format!(r#"{{"cniVersion":"1.0.0","plugins":[{many}]}}"#);

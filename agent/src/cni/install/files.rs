@@ -160,7 +160,7 @@ impl Dir {
         if let Some((user, group)) = owner {
             let found = file.metadata()?;
             if (found.uid(), found.gid()) != (user, group) {
-                fchown(&file, Some(user), Some(group))?;
+                or_denied(fchown(&file, Some(user), Some(group)))?;
             }
         }
         file.set_permissions(fs::Permissions::from_mode(mode))?;
@@ -171,6 +171,16 @@ impl Dir {
     fn sync(&self) -> io::Result<()> {
         // The open descriptor is for paths alone; this one can be synced.
         File::open(self.at())?.sync_all()
+    }
+}
+
+/// Without CAP_CHOWN the file becomes ours. Whoever reads it is root, or may by its mode.
+fn or_denied(chown: io::Result<()>) -> io::Result<()> {
+    match chown {
+        Err(error) if error.raw_os_error() == Some(rustix::io::Errno::PERM.raw_os_error()) => {
+            Ok(())
+        }
+        done => done,
     }
 }
 
@@ -192,6 +202,41 @@ fn version_of(found: &fs::Metadata) -> Version {
 
 fn waiting(name: &str) -> String {
     format!(".{name}{NEW}")
+}
+
+/// Does `word` stand in the file that `path` leads to on the node? Links are followed, as a runtime
+/// would; what is no file, or is not there, says nothing.
+pub(super) fn mentions(root: &Path, path: &Path, word: &str, longest: usize) -> io::Result<bool> {
+    let root = open(
+        root,
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?;
+    let opened = openat2(
+        root,
+        path,
+        OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC,
+        Mode::empty(),
+        ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS,
+    );
+    let file = match opened {
+        Ok(file) => File::from(file),
+        Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => return Ok(false),
+        Err(error) => return Err(error.into()),
+    };
+    if !file.metadata()?.is_file() {
+        return Ok(false);
+    }
+    let mut bytes = Vec::new();
+    file.take(longest as u64 + 1).read_to_end(&mut bytes)?;
+    let word = word.as_bytes();
+    if bytes.windows(word.len()).any(|part| part == word) {
+        return Ok(true);
+    }
+    if bytes.len() > longest {
+        return Err(io::Error::other(format!("has more than {longest} bytes")));
+    }
+    Ok(false)
 }
 
 /// A program of ours, to be copied.
@@ -247,6 +292,13 @@ mod tests {
         assert!(!dir.replace("a.conflist", None, b"three").unwrap());
         assert_eq!(fs::read(&path).unwrap(), b"two");
         assert_eq!(dir.names(10).unwrap(), ["a.conflist"]);
+    }
+
+    #[test]
+    fn a_file_whose_owner_we_may_not_name_is_written_all_the_same() {
+        let failed = |errno: rustix::io::Errno| Err(errno.into());
+        or_denied(failed(rustix::io::Errno::PERM)).unwrap();
+        or_denied(failed(rustix::io::Errno::ROFS)).unwrap_err();
     }
 
     #[test]

@@ -252,6 +252,32 @@ fn a_single_configuration_gets_a_list_that_comes_first_and_stays_as_it_is() {
 }
 
 #[test]
+fn a_list_goes_with_the_configuration_that_it_was_made_of() {
+    let node = Node::new();
+    node.file("/opt/cni/bin/bridge", "");
+    node.file("/etc/cni/net.d/10-net.conf", BRIDGE);
+    node.installed();
+    fs::remove_file(node.path("/etc/cni/net.d/10-net.conf")).unwrap();
+    let (now, written) = node.installer().ensure().unwrap();
+    assert_eq!((now, written.len()), (Installed::NoNetwork, 1));
+    assert!(
+        !node
+            .path("/etc/cni/net.d/10-net-picomesh.conflist")
+            .exists()
+    );
+}
+
+#[test]
+fn a_directory_that_is_not_roots_is_told_with_the_remedy() {
+    let denied = io::Error::from(io::ErrorKind::PermissionDenied);
+    let told = at("/opt/cni/bin/x".into())(denied).to_string();
+    assert!(
+        told.contains("/opt/cni/bin/x") && told.contains("DAC_OVERRIDE"),
+        "{told}"
+    );
+}
+
+#[test]
 fn when_another_list_comes_first_the_entry_moves_there() {
     let node = Node::kubeadm();
     node.installed();
@@ -302,17 +328,122 @@ fn what_cannot_be_read_is_reported_and_left_alone() {
 }
 
 #[test]
-fn cleaning_up_a_broken_list_of_ours_is_reported_and_the_rest_is_removed() {
+fn what_the_plugin_needs_stays_while_a_configuration_names_it() {
+    let broken = "{\"plugins\": [ {\"type\":\"picomesh-cni\"}";
+    let long = format!("{FLANNEL}{}", " ".repeat(conflist::MAX_BYTES));
+    for (text, word) in [(broken, "still names"), (&long, "more than")] {
+        let node = Node::kubeadm();
+        node.installed();
+        node.file("/etc/cni/net.d/20-other.conflist", text);
+        node.file("/var/lib/picomesh/cni.json", "{}");
+        let removed = node.installer().remove();
+        assert!(!removed.unplugged);
+        let told: Vec<_> = removed.problems.iter().map(ToString::to_string).collect();
+        let is_told = |line: &String| line.contains("20-other") && line.contains(word);
+        assert!(told.iter().any(is_told), "{told:?}");
+        assert_eq!(node.read("/etc/cni/net.d/20-other.conflist"), text);
+        assert_eq!(node.read("/etc/cni/net.d/10-flannel.conflist"), FLANNEL);
+        assert!(node.path("/opt/cni/bin/picomesh-cni").exists());
+        assert!(node.path("/var/lib/picomesh/cni.json").exists());
+
+        fs::remove_file(node.path("/etc/cni/net.d/20-other.conflist")).unwrap();
+        let removed = node.installer().remove();
+        assert!(removed.unplugged && removed.problems.is_empty());
+        assert!(!node.path("/opt/cni/bin/picomesh-cni").exists());
+        assert!(!node.path("/var/lib/picomesh/cni.json").exists());
+    }
+}
+
+#[test]
+fn a_version_that_the_plugin_does_not_know_is_left_without_it() {
     let node = Node::kubeadm();
+    let conf = "/etc/cni/net.d/10-flannel.conflist";
+    let newer = FLANNEL.replace("0.3.1", "1.2.0");
+    node.file(conf, &newer);
+    let before = node.everything();
+    let error = node.installer().ensure().unwrap_err().to_string();
+    assert!(error.contains("\"1.2.0\""), "{error}");
+    assert_eq!(node.everything(), before);
+
+    // Somebody has changed the version below our entry.
+    node.file(conf, FLANNEL);
+    node.installed();
+    for version in ["1.2.0", "0.2.0"] {
+        let with = node.read(conf).replace("0.3.1", version);
+        assert!(with.contains(PLUGIN));
+        node.file(conf, &with);
+        node.installer().ensure().unwrap_err();
+        assert_eq!(node.read(conf), FLANNEL.replace("0.3.1", version));
+        // And at the end the same, where no agent had looked in between.
+        node.file(conf, &with);
+        assert!(node.installer().remove().unplugged);
+        assert_eq!(node.read(conf), FLANNEL.replace("0.3.1", version));
+        node.file(conf, FLANNEL);
+        node.installed();
+    }
+}
+
+#[test]
+fn a_link_to_a_list_that_names_the_plugin_counts() {
+    let node = Node::kubeadm();
+    node.installed();
+    node.file(
+        "/elsewhere",
+        &node.read("/etc/cni/net.d/10-flannel.conflist"),
+    );
+    symlink("/elsewhere", node.path("/etc/cni/net.d/30-link.conflist")).unwrap();
+    symlink("/nowhere", node.path("/etc/cni/net.d/40-link.conflist")).unwrap();
+    fs::create_dir(node.path("/etc/cni/net.d/50-dir.conf")).unwrap();
+    let removed = node.installer().remove();
+    assert_eq!(removed.problems.len(), 1, "{:?}", removed.problems);
+    assert!(removed.problems[0].to_string().contains("30-link"));
+    assert!(node.path("/opt/cni/bin/picomesh-cni").exists());
+}
+
+#[test]
+fn a_list_that_somebody_is_changing_is_tried_again() {
+    let node = Node::kubeadm();
+    let before = node.everything();
+    node.installed();
+    let conf = node.path("/etc/cni/net.d/10-flannel.conflist");
+    let mode = fs::metadata(&conf).unwrap().permissions();
+    let busy = Arc::new(AtomicBool::new(true));
+    let changing = {
+        let busy = Arc::clone(&busy);
+        thread::spawn(move || {
+            while busy.load(Ordering::Acquire) {
+                // Between our own removal and renaming it is not there.
+                let _moment = fs::set_permissions(&conf, mode.clone());
+            }
+        })
+    };
+    let installer = node.installer();
+    let removing = thread::spawn(move || installer.remove());
+    thread::sleep(2 * GATHER);
+    busy.store(false, Ordering::Release);
+    changing.join().unwrap();
+    let removed = removing.join().unwrap();
+    assert!(removed.unplugged, "{:?}", removed.problems);
+    assert_eq!(node.everything(), before);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_the_plugin_what_an_agent_before_has_put_there_goes() {
+    let node = Node::kubeadm();
+    let before = node.everything();
     node.installed();
     let broken = "{\"plugins\": [ {\"type\":\"picomesh-cni\"}";
     node.file("/etc/cni/net.d/20-broken.conflist", broken);
-    let removed = node.installer().remove();
-    assert_eq!(removed.problems.len(), 1, "{:?}", removed.problems);
-    assert!(removed.problems[0].to_string().contains("20-broken"));
-    assert_eq!(node.read("/etc/cni/net.d/20-broken.conflist"), broken);
-    assert_eq!(node.read("/etc/cni/net.d/10-flannel.conflist"), FLANNEL);
-    assert!(!node.path("/opt/cni/bin/picomesh-cni").exists());
+    let (told, seen) = watch::channel(Installed::No);
+    let (_drain, guard) = drain::Drain::new();
+    let writes = Arc::new(AtomicBool::new(true));
+    let kept = tokio::spawn(Arc::new(node.installer()).keep_out(writes, told, guard));
+    until("told", || matches!(*seen.borrow(), Installed::Failed(_))).await;
+    assert!(node.path("/opt/cni/bin/picomesh-cni").exists());
+    fs::remove_file(node.path("/etc/cni/net.d/20-broken.conflist")).unwrap();
+    kept.await.unwrap();
+    assert_eq!(*seen.borrow(), Installed::No);
+    assert_eq!(node.everything(), before);
 }
 
 #[test]
@@ -345,6 +476,50 @@ fn a_configuration_that_is_a_link_is_left_alone() {
     let error = node.installer().ensure().unwrap_err().to_string();
     assert!(error.contains("00-link.conflist"), "{error}");
     assert_eq!(node.read("/elsewhere"), FLANNEL);
+}
+
+#[test]
+fn who_puts_back_what_we_replace_is_given_way_more_and_more() {
+    let (mut repairs, mut now) = (Repairs::default(), Instant::now());
+    let written = [PathBuf::from("/etc/cni/net.d/10-flannel.conflist")];
+    let mut rests = Vec::new();
+    for _ in 0..10 {
+        let rest = repairs.rest(&written, now);
+        now += rest.unwrap_or(GATHER);
+        rests.push(rest.map(|rest| rest.as_millis()));
+    }
+    let some = [200, 400, 800, 1600, 3200, 5000, 5000].map(Some);
+    assert_eq!(rests[..REPAIRS], [None; REPAIRS]);
+    assert_eq!(rests[REPAIRS..], some);
+    assert!(repairs.sentence().contains("restores /etc/cni/net.d/10-f"));
+    // Told until a minute is over in which less was done.
+    assert!(repairs.rest(&[], now).is_some());
+    assert_eq!(repairs.rest(&[], now + QUARREL), None);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_who_each_put_theirs_back_do_it_rarely_and_people_are_told() {
+    let node = Node::kubeadm();
+    let (told, seen) = watch::channel(Installed::No);
+    let (drain, guard) = drain::Drain::new();
+    let writes = Arc::new(AtomicBool::new(true));
+    let kept = tokio::spawn(Arc::new(node.installer()).keep(writes, told, guard));
+    let conf = "/etc/cni/net.d/10-flannel.conflist";
+    let mut restored = 0;
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_secs(4) {
+        if node.read(conf).contains(PLUGIN) {
+            node.file(conf, FLANNEL);
+            restored += 1;
+        }
+        sleep(Duration::from_millis(5)).await;
+    }
+    assert!((4..=9).contains(&restored), "{restored} times in 4 s");
+    let quarrel =
+        |now: &Installed| matches!(now, Installed::Failed(why) if why.contains("restores"));
+    assert!(quarrel(&seen.borrow()), "{:?}", *seen.borrow());
+    drain.drain(Duration::from_secs(5)).await;
+    kept.await.unwrap();
 }
 
 /// Waits until `done`, and says how long it took.

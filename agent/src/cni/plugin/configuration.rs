@@ -51,7 +51,10 @@ impl Version {
 
 #[derive(Debug)]
 pub struct Configuration<'a> {
+    /// What is spoken: the newest known if the configuration's own is newer still.
     pub version: Version,
+    /// As it stands there.
+    said: String,
     run_dir: PathBuf,
     intent: PathBuf,
     annotations: Annotations,
@@ -65,7 +68,9 @@ pub enum Malformed {
     TooLong,
     #[error("standard input is no network configuration: {0}")]
     Garbage(String),
-    #[error("cniVersion: {0:?} is not supported; 0.3.0, 0.3.1, 0.4.0, 1.0.0 and 1.1.0 are")]
+    #[error(
+        "cniVersion: {0:?} is not supported; 0.3.0, 0.3.1, 0.4.0, 1.0.0, 1.1.0 and later 1.x are"
+    )]
     Version(String),
     #[error(
         "prevResult: missing; picomesh-cni makes no interfaces, so in the list of plugins it must \
@@ -99,7 +104,7 @@ pub fn read(text: &[u8]) -> Result<Configuration<'_>, Malformed> {
         return Err(Malformed::Garbage("it is no JSON object".into()));
     }
     let input: Input<'_> = serde_json::from_slice(text).map_err(garbage)?;
-    let Some(version) = VERSIONS.into_iter().find(|v| v.name() == input.cni_version) else {
+    let Some(version) = spoken(&input.cni_version) else {
         return Err(Malformed::Version(shortened(input.cni_version, 64)));
     };
     let passed_on = input.runtime_config.as_ref();
@@ -111,11 +116,22 @@ pub fn read(text: &[u8]) -> Result<Configuration<'_>, Malformed> {
     };
     Ok(Configuration {
         version,
+        said: input.cni_version,
         run_dir: absolute("runDir", input.run_dir, RUN_DIR)?,
         intent: absolute("intent", input.intent, INTENT)?,
         annotations,
         // `null` is as good as nothing.
         previous: input.prev_result.filter(|result| result.get() != "null"),
+    })
+}
+
+/// A later 1.x may add words, which are passed on as they come, and takes none away.
+fn spoken(version: &str) -> Option<Version> {
+    let known = VERSIONS.into_iter().find(|known| known.name() == version);
+    known.or_else(|| {
+        let numbers: Result<Vec<u16>, _> = version.split('.').map(str::parse).collect();
+        let later = matches!(numbers.ok()?[..], [1, minor, _] if minor >= 1);
+        later.then_some(Version::V1_1_0)
     })
 }
 
@@ -159,7 +175,7 @@ impl Configuration<'_> {
                 } else {
                     ","
                 };
-                let version = self.version.name();
+                let version = &self.said;
                 Ok(format!(r#"{{"cniVersion":"{version}"{comma}{fields}"#).into())
             }
             Err(error) => Err(Malformed::Garbage(format!("prevResult: {error}"))),
@@ -215,6 +231,24 @@ mod tests {
             let text = format!(r#"{{"cniVersion":"0.3.1","prevResult":{previous}}}"#);
             let result = read(text.as_bytes()).unwrap().result().unwrap();
             assert_eq!(String::from_utf8(result).unwrap(), wanted);
+        }
+    }
+
+    #[test]
+    fn a_later_version_of_the_first_kind_is_passed_on_as_it_comes() {
+        for later in ["1.1.1", "1.2.0", "1.30.0"] {
+            let text = format!(r#"{{"cniVersion":"{later}","prevResult":{{"new":[1]}}}}"#);
+            let read = read(text.as_bytes()).unwrap();
+            assert_eq!(read.version, Version::V1_1_0, "{later}");
+            let result = String::from_utf8(read.result().unwrap()).unwrap();
+            assert_eq!(result, format!(r#"{{"cniVersion":"{later}","new":[1]}}"#));
+        }
+        for other in [
+            "1.0.1", "1.2", "1.2.0.0", "1.x.0", "2.0.0", "0.5.0", "-1.2.0",
+        ] {
+            let text = format!(r#"{{"cniVersion":"{other}"}}"#);
+            let error = read(text.as_bytes()).unwrap_err();
+            assert_eq!(error, Malformed::Version(other.into()));
         }
     }
 

@@ -221,6 +221,38 @@ async fn who_waits_when_the_agent_ends_is_hung_up_on() {
     assert!(message.contains("ended before it answered"), "{message}");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pods_that_wait_for_their_capture_hold_up_nobody() {
+    let world = serve();
+    world.known.set("u", Standing::Awaited { reason: None });
+    world.known.set("out", Standing::NotMeshed);
+    let dir = world.dir.path().to_owned();
+    let waiting = spawn_blocking(move || {
+        let question = Question {
+            protocol: PROTOCOL,
+            ask: Ask::Add,
+            namespace: "shop".into(),
+            name: "cart".into(),
+            uid: Some("u".into()),
+            sandbox: "s".into(),
+            netns: None,
+        };
+        let netns = File::open(NAMESPACE).unwrap();
+        let ask = |_| {
+            let socket = call(&dir);
+            packets::write(&socket, &question.encode(), &[netns.as_fd()]).unwrap();
+            socket
+        };
+        (0..CALLS + 10).map(ask).collect::<Vec<_>>()
+    });
+    let waiting = waiting.await.unwrap();
+    let begun = Instant::now();
+    assert!(world.call("ADD", "out", "s").await.0);
+    let took = begun.elapsed();
+    assert!(took < Duration::from_millis(700), "{took:?}");
+    drop(waiting);
+}
+
 fn call(dir: &Path) -> Socket {
     let socket = Socket::new(Domain::UNIX, Type::SEQPACKET, None).unwrap();
     let address = SockAddr::unix(dir.join(SOCKET)).unwrap();

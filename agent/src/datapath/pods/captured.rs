@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 
 use super::{
     super::{
-        PodEvent, PodListeners, PodSockets,
+        DesiredPod, PodEvent, PodListeners, PodSockets,
         devices::{ALIAS_PREFIX, DeviceOwner},
         diag::{self, Connections},
         loader::Loader,
@@ -78,9 +78,12 @@ impl Captured {
         self.handle.uid()
     }
 
-    /// The path still leads to the pod's namespace.
-    pub(super) fn is_there(&self) -> bool {
-        self.handle.netns().is_still_at(&self.netns_path)
+    /// Is its namespace where whoever desires the pod says, by whatever path? If that leads nowhere
+    /// or nobody says anything: where it was.
+    pub(super) fn is_there(&self, desired: Option<&DesiredPod>) -> bool {
+        let netns = self.handle.netns();
+        let said = desired.and_then(|pod| netns.is_at(&pod.netns));
+        said.unwrap_or_else(|| netns.is_at(&self.netns_path) == Some(true))
     }
 
     pub(super) fn device_owner(&self, on_record: bool) -> DeviceOwner {

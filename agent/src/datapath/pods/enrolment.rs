@@ -51,12 +51,17 @@ pub(super) fn enrol(core: &Core, pod: &DesiredPod) -> Result<Arc<Captured>, PodE
         core.owner.clone(),
     ));
     let captured = Arc::new(Captured::new(core, handle, &pod.name, &pod.netns));
-    if core.loader.netns_of(slot)? == Some(inode) {
+    let stands_in = core.loader.netns_of(slot)?;
+    if stands_in == Some(inode) {
         // Its programs stand and keep it closed. To begin anew would open it, also after a failure.
         let listeners = listeners_without_devices(core, &captured)?;
         captured.install(core, listeners)?;
         check(core, pod, &captured, &core.loader.standing()?)?;
         return Ok(captured);
+    }
+    if stands_in.is_some() {
+        // A sandbox before this one, which nobody had found.
+        core.loader.detach(slot, &[])?;
     }
     match enrol_claimed(core, pod, &captured) {
         Ok(()) => Ok(captured),
@@ -70,6 +75,7 @@ pub(super) fn enrol(core: &Core, pod: &DesiredPod) -> Result<Arc<Captured>, PodE
                 PodError::Devices(_)
                 | PodError::Netns(_)
                 | PodError::NetnsOfHost { .. }
+                | PodError::NetnsMoved { .. }
                 | PodError::NetnsTaken { .. }
                 | PodError::Programs(_)
                 | PodError::Sockets { .. }
@@ -250,13 +256,20 @@ pub(super) struct Adopted {
     pub(super) listeners: Vec<PodListeners>,
 }
 
-/// Finds a recorded pod again after a start: `None` if it is gone, and with it the record.
+/// Finds a recorded pod again after a start: `None` if it is gone, and with it the record. A path
+/// may have ended with the agent that wrote it down; then the pod is closed as it is, until somebody
+/// says where it lives.
 pub(super) fn adopt(core: &Core, record: &Record) -> Result<Option<Adopted>, PodError> {
     let slot = record.slot;
     let netns = NetNs::open(&record.netns, &core.home)
         .ok()
         .filter(|n| n.cookie() == record.cookie);
     let Some(netns) = netns else {
+        if core.loader.netns_of(slot)?.is_some() {
+            return Err(PodError::NetnsMoved {
+                path: record.netns.clone(),
+            });
+        }
         core.loader.detach(slot, &[])?;
         core.loader.clear_slot(slot)?;
         core.claims.free(&PodUid::from(record.uid.as_str()))?;

@@ -17,6 +17,11 @@ pub(super) enum PodError {
     Netns(#[from] NetnsError),
     #[error("netns {path} is the node's own; a pod needs one of its own")]
     NetnsOfHost { path: PathBuf },
+    #[error(
+        "netns {path} is not the pod's any more, whose namespace is still there: it stays closed \
+         until it is found"
+    )]
+    NetnsMoved { path: PathBuf },
     #[error("netns {path} belongs to pod {owner} already; a netns can belong to one pod only")]
     NetnsTaken { path: PathBuf, owner: PodUid },
     #[error(transparent)]
@@ -49,6 +54,7 @@ impl PodError {
         match self {
             Self::Netns(error) => error.reason(),
             Self::NetnsOfHost { .. } => "netns_of_host",
+            Self::NetnsMoved { .. } => "netns_moved",
             Self::NetnsTaken { .. } => "netns_taken",
             Self::Devices(error) => error.reason(),
             Self::Programs(_) => "programs",

@@ -125,6 +125,16 @@ pub(super) fn forget(core: &Core, uid: &PodUid) -> Result<(), PodError> {
     core.claims.free(uid)
 }
 
+/// The same, if nothing of it stands in a namespace that still is. False: it does.
+pub(super) fn forget_gone(core: &Core, uid: &PodUid) -> Result<bool, PodError> {
+    if let Some(record) = core.claims.record(uid)
+        && core.loader.netns_of(record.slot)?.is_some()
+    {
+        return Ok(false);
+    }
+    forget(core, uid).map(|()| true)
+}
+
 pub(super) fn release(core: &Core, captured: &Captured) {
     captured.members.lock().clear();
     tell_released(core, captured.uid());

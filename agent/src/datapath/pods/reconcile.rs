@@ -54,7 +54,7 @@ impl Reconciler {
         }
         {
             let mut table = self.table.lock();
-            table.known = !first.is_empty() || table.pods.is_empty();
+            table.known = !first.pods.is_empty() || table.pods.is_empty();
             table.want(&first);
         }
         let mut next_full = Instant::now();
@@ -248,6 +248,11 @@ impl Job {
             }
             Self::Gone(captured) => leaving::gone(core, &captured).map(|()| Outcome::Left),
             Self::Forget(uid) => leaving::forget(core, &uid).map(|()| Outcome::Forgotten),
+            Self::ForgetGone(uid) => Ok(if leaving::forget_gone(core, &uid)? {
+                Outcome::Forgotten
+            } else {
+                Outcome::Stays
+            }),
         }
     }
 }

@@ -10,7 +10,11 @@ use std::{
 use parking_lot::Mutex;
 
 use super::{
-    super::DesiredPod, Capture, PodStatus, captured::Captured, enrolment::Checked, error::PodError,
+    super::{DesiredPod, Others, Wishes},
+    Capture, PodStatus,
+    captured::Captured,
+    enrolment::Checked,
+    error::PodError,
     leaving::Leave,
 };
 use crate::state::PodUid;
@@ -20,6 +24,8 @@ pub(super) struct Table {
     pub(super) pods: HashMap<PodUid, Entry>,
     /// The desired pods are known: until then nobody is un-enrolled.
     pub(super) known: bool,
+    /// What becomes of those that are not desired.
+    others: Others,
     pub(super) host_problem: Option<(&'static str, String)>,
     pub(super) shared_repairs: u64,
 }
@@ -96,14 +102,15 @@ impl Table {
     }
 
     /// Writes down what should be. What should not be any more is found by its absence.
-    pub(super) fn want(&mut self, desired: &[DesiredPod]) {
+    pub(super) fn want(&mut self, wishes: &Wishes) {
+        self.others.clone_from(&wishes.others);
         let mut before: HashMap<PodUid, Arc<DesiredPod>> = HashMap::new();
         for (uid, entry) in &mut self.pods {
             if let Some(pod) = entry.desired.take() {
                 before.insert(Arc::clone(uid), pod);
             }
         }
-        for pod in desired {
+        for pod in &wishes.pods {
             let entry = self.entry(&pod.uid, &pod.name);
             entry.name.clone_from(&pod.name);
             entry.spared_until = None;
@@ -125,7 +132,7 @@ impl Table {
 
     /// What to do now; `all` for a full turn, else only what is new, due or leaving.
     pub(super) fn jobs(&mut self, all: bool, now: Instant) -> Vec<(PodUid, Job)> {
-        let known = self.known;
+        let (known, others) = (self.known, &self.others);
         // Wanted no more, and nothing of it in the kernel.
         self.pods.retain(|_uid, entry| {
             entry.desired.is_some() || !matches!(entry.stage, Stage::Pending)
@@ -142,13 +149,14 @@ impl Table {
                 }
                 (Stage::Pending, None) => None,
                 (Stage::Failed, None) => {
-                    (known && (due || entry.stale)).then(|| Job::Forget(Arc::clone(uid)))
+                    let uid = Arc::clone(uid);
+                    (known && (due || entry.stale)).then(|| match others.leaves(&uid) {
+                        true => Job::Forget(uid),
+                        false => Job::ForgetGone(uid),
+                    })
                 }
                 (Stage::Captured(captured) | Stage::Leaving(captured, _), pod)
-                    if !captured.is_there()
-                        || pod
-                            .as_ref()
-                            .is_some_and(|pod| pod.netns != captured.netns_path) =>
+                    if !captured.is_there(pod.as_deref()) =>
                 {
                     Some(Job::Gone(Arc::clone(captured)))
                 }
@@ -160,6 +168,12 @@ impl Table {
                     needed.then(|| Job::Check(Arc::clone(pod), Arc::clone(captured)))
                 }
                 (Stage::Captured(_), None) if !known || entry.is_spared(now) => None,
+                // Nothing is to be done to it but to wait for its end.
+                (Stage::Captured(_), None) if !others.leaves(uid) => {
+                    entry.failure = None;
+                    entry.stale = false;
+                    None
+                }
                 (Stage::Captured(captured), None) => {
                     let captured = Arc::clone(captured);
                     let leave = Arc::new(Mutex::new(None));
@@ -183,6 +197,7 @@ impl Table {
             return;
         };
         match result {
+            Ok(Outcome::Stays) => entry.put_off(now),
             Ok(outcome) => {
                 entry.failure = None;
                 entry.succeed(outcome);
@@ -286,6 +301,8 @@ pub(super) enum Job {
     Gone(Arc<Captured>),
     /// Not captured and not wanted: take off what may stand of it.
     Forget(PodUid),
+    /// The same, if its namespace is gone: nobody has said that it may be let go.
+    ForgetGone(PodUid),
 }
 
 /// What became of it.
@@ -295,6 +312,8 @@ pub(super) enum Outcome {
     StillLeaving,
     Left,
     Forgotten,
+    /// Its namespace is still there.
+    Stays,
 }
 
 fn is_same(before: &DesiredPod, now: &DesiredPod) -> bool {
@@ -338,7 +357,7 @@ impl Entry {
                     self.mended = repaired;
                 }
             }
-            Outcome::StillLeaving => {}
+            Outcome::StillLeaving | Outcome::Stays => {}
             Outcome::Left => {
                 tracing::info!(pod = self.name, "released");
                 self.stage = Stage::Pending;
@@ -349,6 +368,14 @@ impl Entry {
 
     fn is_spared(&self, now: Instant) -> bool {
         self.spared_until.is_some_and(|until| now < until)
+    }
+
+    /// Nothing has changed: it is looked at again later.
+    fn put_off(&mut self, now: Instant) {
+        if let Some(failure) = &mut self.failure {
+            failure.times = failure.times.saturating_add(1);
+            failure.next_try = now + backoff(failure.times);
+        }
     }
 
     fn fail(&mut self, error: &PodError, now: Instant) {
@@ -460,7 +487,7 @@ mod tests {
             ..Table::default()
         };
         let start = Instant::now();
-        table.want(&[pod("a"), pod("b")]);
+        table.want(&vec![pod("a"), pod("b")].into());
         assert_eq!(uids(&table.jobs(false, start)), ["a", "b"]);
         let uid = PodUid::from("a");
         table.apply(&uid, Err(PodError::NoSlot), start);
@@ -477,7 +504,7 @@ mod tests {
             uids(&table.jobs(false, start + Duration::from_secs(1))),
             ["a", "b"]
         );
-        table.want(&[pod("a")]);
+        table.want(&vec![pod("a")].into());
         let jobs = table.jobs(false, start);
         let [(b, Job::Forget(_))] = &jobs[..] else {
             panic!("{} jobs; only b changed: it is not wanted", jobs.len());
@@ -491,7 +518,7 @@ mod tests {
         assert_eq!(table.pods.len(), 1);
         let mut moved = pod("a");
         moved.netns = "/run/netns/elsewhere".into();
-        table.want(&[moved]);
+        table.want(&vec![moved].into());
         assert_eq!(uids(&table.jobs(false, start)), ["a"]);
     }
 
@@ -505,11 +532,46 @@ mod tests {
         assert!(table.jobs(true, later).is_empty());
         assert_eq!(table.next_look(later), None, "nobody spins meanwhile");
         table.known = true;
-        table.want(&[pod("a")]);
+        table.want(&vec![pod("a")].into());
         assert_eq!(uids(&table.jobs(false, start)), ["a"], "wanted: at once");
-        table.want(&[]);
+        table.want(&Wishes::default());
         let jobs = table.jobs(false, later);
         assert!(matches!(&jobs[..], [(_, Job::Forget(_))]), "unwanted");
+    }
+
+    #[test]
+    fn of_a_pod_that_nobody_knows_any_more_nothing_is_taken_off_before_it_is_gone() {
+        let start = Instant::now();
+        let staying = |but: &[&str]| Wishes {
+            pods: Vec::new(),
+            others: Others::Stay {
+                but: but.iter().map(|uid| PodUid::from(*uid)).collect(),
+            },
+        };
+        let mut table = Table {
+            known: true,
+            ..Table::default()
+        };
+        let uid = PodUid::from("a");
+        table.adopt_failed(&uid, "ns/a", &PodError::NoSlot, start);
+        table.want(&staying(&["b"]));
+        let jobs = table.jobs(false, start);
+        assert!(matches!(&jobs[..], [(_, Job::ForgetGone(_))]));
+        table.apply(&uid, Ok(Outcome::Stays), start);
+        assert_eq!(table.pods[&uid].status(&uid).state, "failed");
+        assert!(table.jobs(true, start).is_empty(), "not before its time");
+        let later = start + Duration::from_secs(2);
+        assert_eq!(table.next_look(start), Some(later), "rarer each time");
+        assert!(matches!(
+            &table.jobs(false, later)[..],
+            [(_, Job::ForgetGone(_))]
+        ));
+        // Its object is there, and says that it is outside.
+        table.want(&staying(&["a"]));
+        let jobs = table.jobs(false, later + Duration::from_secs(60));
+        assert!(matches!(&jobs[..], [(_, Job::Forget(_))]));
+        table.apply(&uid, Ok(Outcome::Forgotten), later);
+        assert!(table.jobs(false, later).is_empty() && table.pods.is_empty());
     }
 
     #[test]
