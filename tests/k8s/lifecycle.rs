@@ -174,7 +174,7 @@ fn whatever_a_node_loses_nothing_is_said_in_plain() -> Result<()> {
     near.kubelet().kill();
     near.containerd().kill();
     undisturbed.wait_rounds(100)?;
-    restart(near)?;
+    near.restart()?;
     newcomer(&ground, &scene, near, "after-runtime")?;
     undisturbed
         .stop_unharmed()
@@ -197,7 +197,7 @@ fn whatever_a_node_loses_nothing_is_said_in_plain() -> Result<()> {
         scene.speak().is_err(),
         "pods of the mesh reach each other without an agent"
     );
-    restart(near)?;
+    near.restart()?;
     wait_another(&ground, near.name(), &before).with_context(|| diagnosis(&ground))?;
     newcomer(&ground, &scene, near, "after-all")?;
     is_whole(&ground, &scene, &capture, "the node loses everything")?;
@@ -231,11 +231,6 @@ fn end_processes(ground: &Ground, agent: &AgentPod) -> Result<usize> {
         let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
     }
     Ok(processes.len())
-}
-
-fn restart(node: &Node) -> Result<()> {
-    node.containerd().restart()?;
-    node.kubelet().restart()
 }
 
 /// A pod that is new on the node is captured, and speaks.

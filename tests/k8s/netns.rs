@@ -25,7 +25,7 @@ fn a_pod_that_names_another_namespace_is_captured_in_its_own() -> Result<()> {
     let ground = ground()?;
     let cluster = ground.own()?;
     let [near, _] = both(cluster)?;
-    let machine = Netns::of_process(1)?;
+    let machine = Netns::of_process(std::process::id().try_into()?)?;
     let before = seen_in(&machine)?;
     let scene = Scene::new(&ground, "netns")?;
     let outside = ground.namespace("netns-outside")?;

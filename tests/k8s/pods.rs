@@ -213,8 +213,7 @@ fn a_pod_outlives_its_nodes_kubelet_and_runtime() -> Result<()> {
         },
     );
     ensure!(early.is_err(), "a pod started on a node without a kubelet");
-    node.containerd().restart()?;
-    node.kubelet().restart()?;
+    node.restart()?;
     space.wait_ready("after")?;
     space.wait_ready("before")?;
     ensure!(

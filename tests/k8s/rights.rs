@@ -256,7 +256,8 @@ const SIGNER: &[Row] = &[
 ];
 
 const OURS: &str = "picomesh.io/workload";
-const THEIRS: &str = "kubernetes.io/kube-apiserver-client";
+/// Of nobody: what the cluster's own signs, has a certificate before anybody else can try.
+const THEIRS: &str = "example.com/nobody";
 const TOKEN: &str = "kubernetes.io/service-account-token";
 /// Without reading before, as kubectl does for other changes.
 const APPLY: &str = "apply --server-side --force-conflicts -f -";

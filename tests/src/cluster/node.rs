@@ -223,6 +223,17 @@ impl Node {
         &self.containerd
     }
 
+    /// Starts runtime and kubelet again, in the order in which a machine does: a kubelet that finds
+    /// no runtime ends.
+    pub fn restart(&self) -> Result<()> {
+        self.containerd.restart()?;
+        wait::until(&format!("{}'s containerd answers", self.name), START, || {
+            self.run(&["ctr", "--address", SOCKET, "version"]).is_ok()
+        })
+        .with_context(|| self.containerd.last_words(15))?;
+        self.kubelet.restart()
+    }
+
     pub fn components(&self) -> impl Iterator<Item = &Component> {
         [&self.proxy, &self.kubelet, &self.containerd, &self.holder].into_iter()
     }
