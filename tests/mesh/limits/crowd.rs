@@ -49,6 +49,7 @@ fn crowd_beside_another(connections: usize, window: Duration) -> Result<()> {
         .arg("--pod-inbound-connections", &cap)
         // They are dialled as fast as one after the other can be.
         .arg("--pod-connection-rate", &cap)
+        .arg("--pod-pending", &cap)
         .arg("--node-connections", &cap);
     ground.mesh_with(&options)?;
     let to = ground.far.at(PORT);
