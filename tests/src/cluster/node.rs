@@ -227,9 +227,11 @@ impl Node {
     /// no runtime ends.
     pub fn restart(&self) -> Result<()> {
         self.containerd.restart()?;
-        wait::until(&format!("{}'s containerd answers", self.name), START, || {
-            self.run(&["ctr", "--address", SOCKET, "version"]).is_ok()
-        })
+        wait::until(
+            &format!("{}'s containerd answers", self.name),
+            START,
+            || self.run(&["ctr", "--address", SOCKET, "version"]).is_ok(),
+        )
         .with_context(|| self.containerd.last_words(15))?;
         self.kubelet.restart()
     }
