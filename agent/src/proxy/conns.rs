@@ -22,6 +22,9 @@ const CROWD: usize = 4096;
 /// All connections of a thread.
 pub(super) struct Conns {
     entries: RefCell<HashMap<u64, Weak<Conn>>>,
+    /// Of each pod of this node that has any. Counted as they come and go: whoever went through a
+    /// crowd to count it would hold up all others of the thread for that long.
+    per_pod: RefCell<HashMap<PodUid, usize>>,
     next: Cell<u64>,
     /// Wakes the thread's drain when the last connection is gone.
     emptied: tokio::sync::Notify,
@@ -57,6 +60,7 @@ impl Conns {
     pub(super) fn new() -> Rc<Self> {
         Rc::new(Self {
             entries: RefCell::new(HashMap::new()),
+            per_pod: RefCell::new(HashMap::new()),
             next: Cell::new(0),
             emptied: tokio::sync::Notify::new(),
         })
@@ -78,6 +82,10 @@ impl Conns {
             waker: RefCell::new(None),
         });
         self.entries.borrow_mut().insert(id, Rc::downgrade(&conn));
+        for uid in conn.pods() {
+            let mut per_pod = self.per_pod.borrow_mut();
+            *per_pod.entry(PodUid::clone(uid)).or_default() += 1;
+        }
         conn
     }
 
@@ -119,19 +127,18 @@ impl Conns {
 
     /// Open connections per pod of this node.
     pub(super) fn per_pod(&self) -> HashMap<PodUid, usize> {
-        let mut counts = HashMap::new();
-        for conn in self.entries.borrow().values().filter_map(Weak::upgrade) {
-            let caller = conn.caller.as_ref().map(|caller| &caller.uid);
-            let callee = conn.callee.as_ref().map(|callee| &callee.uid);
-            for uid in caller.into_iter().chain(callee) {
-                *counts.entry(PodUid::clone(uid)).or_default() += 1;
-            }
-        }
-        counts
+        self.per_pod.borrow().clone()
     }
 }
 
 impl Conn {
+    /// The pods of this node that it belongs to.
+    fn pods(&self) -> impl Iterator<Item = &PodUid> {
+        let caller = self.caller.as_ref().map(|caller| &caller.uid);
+        let callee = self.callee.as_ref().map(|callee| &callee.uid);
+        caller.into_iter().chain(callee)
+    }
+
     /// The mesh changed between the decision and the registration: decide again.
     pub(super) fn reconsider(&self, mesh: &Mesh) {
         if let Some(reason) = self.forbidden(mesh) {
@@ -197,6 +204,15 @@ impl Conn {
 
 impl Drop for Conn {
     fn drop(&mut self) {
+        let mut per_pod = self.conns.per_pod.borrow_mut();
+        for uid in self.pods() {
+            if let Some(open) = per_pod.get_mut(uid) {
+                *open -= 1;
+                if *open == 0 {
+                    per_pod.remove(uid);
+                }
+            }
+        }
         let mut entries = self.conns.entries.borrow_mut();
         entries.remove(&self.id);
         if entries.is_empty() {
