@@ -17,9 +17,8 @@ use picomesh_tests::{agent, reaper, requirements};
 
 use self::stage::Stage;
 use crate::{
-    ebpf,
+    ebpf, image,
     needs::{self, Purpose},
-    shell, test,
 };
 
 #[derive(clap::Args)]
@@ -60,9 +59,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     } else {
         step("compiling the kernel half", || ebpf::build().map(drop))?;
         step("compiling the agent (minutes, the first time)", || {
-            shell::run(test::agent_build().arg("--quiet"))
-        })?;
-        test::agent_binary()
+            image::AGENT_PROGRAM.build()
+        })?
     };
     let mut stage = step("making two nodes and their pods", || {
         Stage::new(agent, args.keep)

@@ -43,7 +43,8 @@ pub(crate) struct Program {
     pub(crate) args: &'static [&'static str],
 }
 
-const AGENT_PROGRAM: Program = Program {
+/// What all tiers run, the benchmark measures and people get.
+pub(crate) const AGENT_PROGRAM: Program = Program {
     name: "picomesh-agent",
     profile: "release",
     args: &["-p", "picomesh-agent"],
@@ -84,9 +85,31 @@ pub(crate) fn build(name: &str, to: &Path) -> Result<Written> {
 impl Program {
     /// Compiles it; what is linked in is looked at.
     pub(crate) fn build(&self) -> Result<PathBuf> {
+        shell::run(&mut self.command())
+            .with_context(|| format!("compile {} statically", self.name))?;
+        let path = self.path();
+        let libraries = linked(&path)?;
+        ensure!(
+            libraries.is_empty(),
+            "{} is linked with {}, which the image does not have",
+            path.display(),
+            libraries.join(", ")
+        );
+        Ok(path)
+    }
+
+    /// Where it lies when it is built.
+    pub(crate) fn path(&self) -> PathBuf {
+        shell::target_dir()
+            .join(target())
+            .join(self.profile)
+            .join(self.name)
+    }
+
+    fn command(&self) -> Command {
         // Naming the target keeps these flags from build scripts and procedural macros, which
         // cannot be linked so.
-        let target = format!("{}-unknown-linux-gnu", env::consts::ARCH);
+        let target = target();
         let mut rustflags = vec!["-C".to_owned(), "target-feature=+crt-static".to_owned()];
         rustflags.extend(shell::remap_flags());
         let cflags: Vec<String> = shell::renamed_paths()
@@ -103,20 +126,12 @@ impl Program {
                 format!("CFLAGS_{}", target.replace('-', "_")),
                 cflags.join(" "),
             );
-        shell::run(&mut command).with_context(|| format!("compile {} statically", self.name))?;
-        let path = shell::target_dir()
-            .join(&target)
-            .join(self.profile)
-            .join(self.name);
-        let libraries = linked(&path)?;
-        ensure!(
-            libraries.is_empty(),
-            "{} is linked with {}, which the image does not have",
-            path.display(),
-            libraries.join(", ")
-        );
-        Ok(path)
+        command
     }
+}
+
+fn target() -> String {
+    format!("{}-unknown-linux-gnu", env::consts::ARCH)
 }
 
 /// A test of `cargo xtask test --full`: two whole builds, in two directories and one after the

@@ -137,9 +137,11 @@ fn copy_rooms(to: &Path) -> Result<()> {
     for file in ["Cargo.lock", "agent/Cargo.toml"] {
         fs::copy(root.join(file), to.join(file)).with_context(|| format!("copy {file}"))?;
     }
-    // `agent/Cargo.toml` names the binary's file; nobody compiles it here.
     copy_dir(&root.join("common"), &to.join("common"))?;
-    copy_dir(&root.join("agent/src/bin"), &to.join("agent/src/bin"))?;
+    // `agent/Cargo.toml` names files in these; nobody compiles them here.
+    for named in ["agent/src/bin", "agent/examples", "agent/tests"] {
+        copy_dir(&root.join(named), &to.join(named))?;
+    }
     let mut library = String::new();
     for room in ROOMS {
         let path = format!("agent/src/{room}");

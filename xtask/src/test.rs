@@ -186,7 +186,7 @@ fn prepare_kernel_tiers(tier: Tier) -> Result<()> {
     needs::ensure(&[Purpose::World])?;
     crate::ebpf::build()?;
     if tier == Tier::Mesh {
-        shell::run(&mut agent_build())?;
+        image::AGENT_PROGRAM.build()?;
         shell::run(&mut testing_agent_build())?;
     }
     Ok(())
@@ -201,14 +201,6 @@ fn prepare_k8s() -> Result<()> {
     Ok(())
 }
 
-/// Builds the agent as it ships.
-pub(crate) fn agent_build() -> Command {
-    let mut command = shell::cargo();
-    command.args(["build", "--release", "-p", "picomesh-agent"]);
-    command.args(["--bin", "picomesh-agent"]);
-    command
-}
-
 /// The agent that takes rules out on request; with just the features that the tiers' own use of the
 /// library has, so that the library is not compiled once more.
 fn testing_agent_build() -> Command {
@@ -216,11 +208,6 @@ fn testing_agent_build() -> Command {
     command.args(["build", "-p", "picomesh-agent", "--bin", "picomesh-agent"]);
     command.args(["--no-default-features", "--features", "agent,testing"]);
     command
-}
-
-/// Where [`agent_build`] leaves it.
-pub(crate) fn agent_binary() -> std::path::PathBuf {
-    shell::target_dir().join("release/picomesh-agent")
 }
 
 fn commands(tier: Tier, filter: Option<&str>, full: bool) -> Vec<(&'static str, Command)> {
@@ -316,7 +303,7 @@ fn commands(tier: Tier, filter: Option<&str>, full: bool) -> Vec<(&'static str, 
         Tier::Bpf => vec![("programs", bpf_tests(filter))],
         Tier::Mesh => {
             let mut mesh = test(&["-p", "picomesh-tests", "--test", "mesh"], filter);
-            mesh.env(picomesh_tests::agent::BINARY, agent_binary());
+            mesh.env(picomesh_tests::agent::BINARY, image::AGENT_PROGRAM.path());
             if full {
                 mesh.env("PICOMESH_TEST_FULL", "1");
             }

@@ -27,10 +27,10 @@ use self::{
     report::Outcome,
 };
 use crate::{
-    ebpf,
+    ebpf, image,
     needs::{self, Purpose},
     shell,
-    test::{self, Count},
+    test::Count,
 };
 
 #[derive(clap::Args)]
@@ -279,8 +279,7 @@ fn build() -> Result<Built> {
     let agent = if env::var_os(agent::BINARY).is_some() {
         agent::binary()?
     } else {
-        shell::run(&mut test::agent_build())?;
-        test::agent_binary()
+        image::AGENT_PROGRAM.build()?
     };
     let [bpf, mesh] = test_programs()?;
     Ok(Built { bpf, mesh, agent })

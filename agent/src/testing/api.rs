@@ -22,7 +22,8 @@ use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
-use crate::identity::clock::Clock;
+/// Tells the time.
+pub(crate) type Now = Arc<dyn Fn() -> SystemTime + Send + Sync>;
 
 type Answer = UnsyncBoxBody<Bytes, Infallible>;
 
@@ -39,7 +40,7 @@ struct Inner {
     /// Nothing answers.
     away: AtomicBool,
     /// Whose time the answers carry; the machine's if nobody's.
-    clock: Mutex<Option<Arc<dyn Clock>>>,
+    clock: Mutex<Option<Now>>,
     /// Requests so far, as `VERB path`.
     log: Mutex<Vec<String>>,
     /// What was listed, and how much at once.
@@ -117,8 +118,8 @@ impl Api {
         self.delete(DEFINITIONS, &format!("/{plural}.{group}"));
     }
 
-    pub(crate) fn set_clock(&self, clock: Arc<dyn Clock>) {
-        *self.0.clock.lock() = Some(clock);
+    pub(crate) fn set_clock(&self, now: Now) {
+        *self.0.clock.lock() = Some(now);
     }
 
     /// Goes away with all its connections, or comes back.
@@ -203,7 +204,7 @@ impl Api {
 
     fn date(&self) -> String {
         let clock = self.0.clock.lock().clone();
-        let now = clock.map_or_else(SystemTime::now, |clock| clock.now());
+        let now = clock.map_or_else(SystemTime::now, |now| now());
         let now = Timestamp::try_from(now).unwrap_or(Timestamp::UNIX_EPOCH);
         now.strftime("%a, %d %b %Y %H:%M:%S GMT").to_string()
     }

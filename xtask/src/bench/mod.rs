@@ -33,9 +33,8 @@ use self::{
     usage::Machine,
 };
 use crate::{
-    ebpf,
+    ebpf, image,
     needs::{self, Purpose},
-    shell, test,
 };
 
 /// Files that a thousand connections need on either side of them, and to spare.
@@ -152,8 +151,7 @@ fn agent() -> Result<PathBuf> {
         return Ok(named);
     }
     ebpf::build()?;
-    shell::run(&mut test::agent_build())?;
-    Ok(test::agent_binary())
+    image::AGENT_PROGRAM.build()
 }
 
 /// Goes through the rounds; what could not be measured comes back in words. A contender that

@@ -35,10 +35,9 @@ use self::{
     workers::Workers,
 };
 use crate::{
-    ebpf,
+    ebpf, image,
     needs::{self, Purpose},
-    shell,
-    test::{self, Count},
+    test::Count,
 };
 
 #[derive(clap::Args)]
@@ -197,8 +196,7 @@ fn agent() -> Result<PathBuf> {
     }
     needs::ensure(&[Purpose::Build, Purpose::World])?;
     ebpf::build()?;
-    shell::run(test::agent_build().arg("--quiet"))?;
-    Ok(test::agent_binary())
+    image::AGENT_PROGRAM.build()
 }
 
 fn say(stage: &Stage, what: &str) {
