@@ -359,7 +359,8 @@ pub async fn start(
     )?;
     tasks.push(manager);
     let mut needed = desired::Identities::default();
-    identities.set_wanted(needed.wanted(&mesh.load(), Instant::now()));
+    let wanted = needed.wanted(&mesh.load(), Instant::now(), |own| identities.holds(own));
+    identities.set_wanted(wanted);
 
     // The data threads, before anything is captured for them.
     let (settings_of_proxy, around) = (
@@ -723,9 +724,9 @@ async fn follow_mesh(mut follow: Follow) {
                 return;
             };
             // The identity first: a pod is captured only when somebody may speak for it soon.
-            follow
-                .identities
-                .set_wanted(follow.needed.wanted(&mesh, now));
+            let identities = &follow.identities;
+            let held = |own: &_| identities.holds(own);
+            identities.set_wanted(follow.needed.wanted(&mesh, now, held));
             desired.send_if_modified(|current| {
                 let changed = **current != *pods.desired;
                 if changed {

@@ -6,6 +6,8 @@ use std::{
     os::unix::fs::MetadataExt,
     path::Path,
     process::Command,
+    thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
@@ -14,7 +16,7 @@ use picomesh_tests::{
     netns, reaper,
 };
 
-use crate::ground::{self, Namespace, Need, Test};
+use crate::ground::{self, Namespace, Need, PATIENCE, Test};
 
 pub(crate) const TESTS: &[Test] = &[Test {
     name: "leftovers::a_cluster_that_is_taken_down_leaves_nothing",
@@ -83,8 +85,16 @@ fn a_cluster_that_is_taken_down_leaves_nothing() -> Result<()> {
 
     drop(space);
     drop(cluster);
-    let left = traces(&name, &inodes)?;
-    ensure!(left.is_empty(), "left behind: {left:?}");
+    // Who has died is a line of the process table until its parent has heard of it.
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let left = traces(&name, &inodes)?;
+        if left.is_empty() {
+            break;
+        }
+        ensure!(Instant::now() < deadline, "left behind: {left:?}");
+        thread::sleep(Duration::from_millis(100));
+    }
     let after = Machine::look()?;
     ensure!(before == after, "before: {before:?}\nafter: {after:?}");
     Ok(())

@@ -102,19 +102,27 @@ pub fn live(mesh: &Mesh) -> HashSet<PodUid> {
     local.map(|workload| workload.uid.clone()).collect()
 }
 
-/// Remembers when each identity was last needed.
+/// Remembers when each identity was last needed. Only one that is `held` outlives its last pod:
+/// nobody has a tunnel for another, and asking for it would be refused for as long as it is wanted.
 #[derive(Debug, Default)]
 pub struct Identities {
     last: HashMap<Identity, Instant>,
 }
 
 impl Identities {
-    pub fn wanted(&mut self, mesh: &Mesh, now: Instant) -> Wanted {
+    pub fn wanted(
+        &mut self,
+        mesh: &Mesh,
+        now: Instant,
+        held: impl Fn(&Identity) -> bool,
+    ) -> Wanted {
         for workload in local_meshed(mesh) {
             self.last.insert(workload.identity.clone(), now);
         }
-        let fresh = |last: &Instant| now.saturating_duration_since(*last) < LINGER;
-        self.last.retain(|_, last| fresh(last));
+        self.last.retain(|identity, last| {
+            let ago = now.saturating_duration_since(*last);
+            ago.is_zero() || (ago < LINGER && held(identity))
+        });
         self.last.keys().cloned().collect()
     }
 }
@@ -304,11 +312,23 @@ mod tests {
         let without = mesh(Vec::new());
         let mut identities = Identities::default();
         let start = Instant::now();
-        assert_eq!(names(&identities.wanted(&with, start)), ["cart"]);
+        let mut wanted = |mesh, now| names(&identities.wanted(mesh, now, |_| true));
+        assert_eq!(wanted(&with, start), ["cart"]);
         let soon = start + LINGER - Duration::from_secs(1);
-        assert_eq!(names(&identities.wanted(&without, soon)), ["cart"]);
+        assert_eq!(wanted(&without, soon), ["cart"]);
         let late = start + LINGER;
-        assert!(identities.wanted(&without, late).is_empty());
+        assert!(wanted(&without, late).is_empty());
+    }
+
+    #[test]
+    fn an_identity_that_was_never_had_goes_with_its_last_pod() {
+        let with = mesh(vec![pod("a", "n1", "cart")]);
+        let mut identities = Identities::default();
+        let start = Instant::now();
+        let mut wanted = |mesh, now| names(&identities.wanted(mesh, now, |_| false));
+        assert_eq!(wanted(&with, start), ["cart"]);
+        let soon = start + Duration::from_millis(1);
+        assert!(wanted(&mesh(Vec::new()), soon).is_empty());
     }
 
     #[test]

@@ -225,6 +225,11 @@ impl Identities {
         all
     }
 
+    /// Is there a certificate for it, whatever its age?
+    pub fn holds(&self, identity: &Identity) -> bool {
+        self.table.load().held.contains_key(identity)
+    }
+
     pub fn status(&self) -> Vec<CertificateStatus> {
         let now = self.clock.now();
         let mut list = self.status.load().as_ref().clone();
