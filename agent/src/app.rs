@@ -137,6 +137,12 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     ended
 }
 
+/// For whoever has nothing left to do and shall not end by itself.
+pub async fn asked_to_end() -> io::Result<()> {
+    Signals::new()?.next().await;
+    Ok(())
+}
+
 /// Until it is asked to end or a successor serves; then until its connections have ended, or it is
 /// asked a second time. In a pod whoever was succeeded stays until it is asked to end.
 async fn live(agent: Agent, signals: &mut Signals, deadline: Duration, in_a_pod: bool) {
