@@ -15,7 +15,9 @@ pub mod control;
 pub mod desired;
 mod estate;
 pub mod finding;
+mod following;
 mod keeping;
+mod life;
 mod place;
 mod removing;
 mod run_dir;
@@ -44,11 +46,9 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use parking_lot::Mutex;
 use picomesh_common::config::LAYOUT;
 use tokio::{
-    runtime,
-    signal::unix::{Signal, SignalKind, signal},
-    sync::{Notify, mpsc, watch},
+    sync::{mpsc, watch},
     task::{AbortHandle, JoinHandle, spawn_blocking},
-    time::{MissedTickBehavior, interval, sleep, sleep_until},
+    time::sleep,
 };
 use tracing::{info, warn};
 
@@ -65,19 +65,20 @@ use crate::{
     proxy::{Capacity, Caps, Proxy, ProxySettings, Surroundings, TunnelListeners},
     readiness::Readiness,
     state::{Mesh, MeshStore, objects::Objects},
-    telemetry::{self, LogFormat, LogLevel},
+    telemetry::{LogFormat, LogLevel},
 };
 
-use crate::{cni, local::Netns};
+use crate::cni;
 use desired::Told;
 use estate::{Estate, HeldDirs};
+use following::{Follow, follow_mesh};
 use keeping::{Keeper, Known};
 use place::{Dirs, Heritage, Place};
-use search::Search;
 use sockets::SocketNames;
 use source::{Cluster, Source};
 
 pub use bpf_dir::{BpfDir, BpfDirError};
+pub use life::{asked_to_end, run};
 pub use run_dir::{RunDir, RunDirError};
 
 /// What an agent that serves may still be waiting for.
@@ -97,89 +98,6 @@ const SHOWS: Duration = Duration::from_secs(5);
 /// A successor that repairs already waits for so long until all is as it should be before it lets
 /// the agent before go.
 const AS_READY: Duration = Duration::from_secs(10);
-
-/// `picomesh-agent run`: until SIGTERM or SIGINT, and the second of them.
-pub fn run(config: Config) -> anyhow::Result<()> {
-    let log_level = telemetry::init(&config.log_level, config.log_format)?;
-    let runtime = runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        // Scrapes, manifests, netlink: none of it needs to be quick, all of it costs stacks.
-        .max_blocking_threads(16)
-        .thread_name("admin")
-        .enable_all()
-        .build()?;
-    let ended = runtime.block_on(async {
-        let deadline = config.drain_deadline;
-        let in_a_pod = config.in_a_pod();
-        let mut signals = Signals::new()?;
-        let (told, leaving) = watch::channel(Leaving::default());
-        let unserved = match &config.source {
-            config::Source::Local { .. } => None,
-            config::Source::Cluster { cni, .. } => {
-                Some((cni.install.clone(), datapath_settings(&config)))
-            }
-        };
-        let agent = tokio::select! {
-            agent = start(config, Some(log_level), told) => agent?,
-            // What is pinned already stays, as with any other end.
-            () = signals.next() => {
-                if let Some((install, settings)) = unserved {
-                    removing::remove_unserved(leaving, install, settings).await;
-                }
-                return Ok(());
-            }
-        };
-        live(agent, &mut signals, deadline, in_a_pod).await;
-        anyhow::Ok(())
-    });
-    // Whatever still blocks a thread (a stuck file system) must not hold up the end.
-    runtime.shutdown_background();
-    ended
-}
-
-/// Until it is asked to end or a successor serves; then until its connections have ended, or it is
-/// asked a second time. In a pod whoever was succeeded stays until it is asked to end.
-async fn live(agent: Agent, signals: &mut Signals, deadline: Duration, in_a_pod: bool) {
-    let mut progress = agent.progress.clone();
-    let asked = tokio::select! {
-        () = signals.next() => true,
-        () = reached(&mut progress, |now| now == Progress::Taken) => false,
-    };
-    let underway = *progress.borrow() == Progress::Underway;
-    if asked && underway {
-        info!("asked to end while a successor is coming: it shall have everything first");
-        tokio::select! {
-            () = reached(&mut progress, |now| now != Progress::Underway) => {}
-            () = sleep(deadline) => warn!("the successor is not ready in time"),
-            () = signals.next() => return warn!("asked to end a second time, open connections are cut"),
-        }
-    }
-    let mut told = asked;
-    tokio::select! {
-        () = agent.end(deadline) => {}
-        () = async {
-            // Who has handed over is ending already: the first signal says nothing new.
-            if !told {
-                signals.next().await;
-                told = true;
-                info!("asked to end, and ending already");
-            }
-            signals.next().await;
-        } => return warn!("asked to end a second time, open connections are cut"),
-    }
-    // A container that ends by itself is started anew, and would take everything back.
-    if !told && in_a_pod {
-        info!("a successor has everything; waiting to be ended");
-        signals.next().await;
-    }
-}
-
-async fn reached(progress: &mut watch::Receiver<Progress>, far: impl Fn(Progress) -> bool) {
-    if progress.wait_for(|now| far(*now)).await.is_err() {
-        // Nobody hands over any more.
-        std::future::pending::<()>().await;
-    }
-}
 
 /// A running agent.
 pub struct Agent {
@@ -692,76 +610,6 @@ impl Agent {
     }
 }
 
-/// What [`follow_mesh`] turns the mesh into.
-struct Follow {
-    mesh: Arc<MeshStore>,
-    netns: watch::Receiver<Netns>,
-    told: Told,
-    /// Whom to ask for one that is not in there.
-    asked: Option<Arc<Notify>>,
-    needed: desired::Identities,
-    identities: Identities,
-    /// Weak: the end of the agent is told by dropping the only strong one.
-    desired: std::sync::Weak<watch::Sender<Desired>>,
-    lost: watch::Sender<Arc<Vec<crate::datapath::PodStatus>>>,
-    metrics: Arc<Metrics>,
-}
-
-/// On every new mesh, and now and then for what only time changes.
-async fn follow_mesh(mut follow: Follow) {
-    let mut changed = follow.mesh.subscribe();
-    let mut ticks = interval(Duration::from_secs(15));
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut search = Search::default();
-    loop {
-        let now = Instant::now();
-        let searched;
-        {
-            let mesh = follow.mesh.load();
-            let netns = follow.netns.borrow_and_update().clone();
-            let pods = desired::pods(&mesh, &netns, follow.told);
-            let Some(desired) = follow.desired.upgrade() else {
-                return;
-            };
-            // The identity first: a pod is captured only when somebody may speak for it soon.
-            let identities = &follow.identities;
-            let held = |own: &_| identities.holds(own);
-            identities.set_wanted(follow.needed.wanted(&mesh, now, held));
-            desired.send_if_modified(|current| {
-                let changed = **current != *pods.desired;
-                if changed {
-                    current.clone_from(&pods.desired);
-                }
-                changed
-            });
-            let due = search.next(&pods.lost, now);
-            searched = follow.asked.clone().zip(due);
-            follow.lost.send_replace(Arc::new(pods.lost));
-            follow.metrics.sweep(&desired::live(&mesh), now);
-        }
-        tokio::select! {
-            changed = changed.changed() => if changed.is_err() { return },
-            changed = follow.netns.changed() => if changed.is_err() { return },
-            _ = ticks.tick() => {}
-            asked = due(searched) => {
-                search.looked(Instant::now());
-                asked.notify_one();
-            }
-        }
-    }
-}
-
-/// Whom to ask, when it is time.
-async fn due(search: Option<(Arc<Notify>, Instant)>) -> Arc<Notify> {
-    match search {
-        Some((asked, at)) => {
-            sleep_until(at.into()).await;
-            asked
-        }
-        None => std::future::pending().await,
-    }
-}
-
 /// Drops its guard when every certificate wanted at the start is there.
 async fn await_certificates(identities: Identities, held: crate::readiness::Task) {
     let mut changed = identities.changed();
@@ -845,27 +693,5 @@ fn raise_file_limit() {
         .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
     if let Err(error) = raised {
         warn!(%error, "the limit of open files stays as it is");
-    }
-}
-
-/// SIGTERM and SIGINT, which mean the same.
-struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-}
-
-impl Signals {
-    fn new() -> io::Result<Self> {
-        Ok(Self {
-            terminate: signal(SignalKind::terminate())?,
-            interrupt: signal(SignalKind::interrupt())?,
-        })
-    }
-
-    async fn next(&mut self) {
-        tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
-        }
     }
 }

@@ -117,7 +117,7 @@ impl Node {
         let run_dir = self.dir.path().display();
         let input = format!(
             r#"{{"capabilities":{{"io.kubernetes.cri.pod-annotations":true}},"cniVersion":"0.4.0",
-            "intent":"{run_dir}/cni.json","name":"kindnet","prevResult":{PREVIOUS},
+            "intent":"{run_dir}/cni.json","madeOf":"10-kindnet.conflist","name":"kindnet","prevResult":{PREVIOUS},
             "runDir":"{run_dir}","runtimeConfig":{{"io.kubernetes.cri.pod-annotations":{{"a":"b"}}}},
             "type":"picomesh-cni"}}"#
         );

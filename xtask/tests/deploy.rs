@@ -63,12 +63,16 @@ fn files() -> Vec<PathBuf> {
     found
 }
 
-/// Those of one kind, by name.
+/// Those of the mesh of one kind, by name.
 fn of_kind(kind: &str) -> BTreeMap<String, Value> {
-    let base = deploy().join("kustomize/base");
+    of_kind_in("base", kind)
+}
+
+fn of_kind_in(dir: &str, kind: &str) -> BTreeMap<String, Value> {
+    let dir = deploy().join("kustomize").join(dir);
     manifests()
         .into_iter()
-        .filter(|(path, one)| path.starts_with(&base) && one["kind"] == kind)
+        .filter(|(path, one)| path.starts_with(&dir) && one["kind"] == kind)
         .map(|(_, one)| (string(&one["metadata"]["name"]), one))
         .collect()
 }
@@ -441,6 +445,78 @@ fn the_agents_probes_ask_in_its_own_container_and_its_end_outlasts_the_drain() {
     let variant = deploy().join("kustomize/components/max-unavailable/agent.yaml");
     let variant = &documents(&variant)[0]["spec"]["updateStrategy"]["rollingUpdate"];
     assert_eq!(variant, &json!({"maxSurge": 0, "maxUnavailable": 1}));
+}
+
+#[test]
+fn what_an_agent_left_is_cleaned_as_the_agent_saw_it_and_only_until_it_is_done() {
+    let mut found = of_kind_in("cleanup", "DaemonSet");
+    let cleanup = found.remove("picomesh-cleanup").unwrap();
+    let spec = &cleanup["spec"]["template"]["spec"];
+    // It runs where agents ran, whatever becomes of other pods, and asks nobody.
+    let agent = &templates()["picomesh-agent"];
+    for field in [
+        "hostNetwork",
+        "nodeSelector",
+        "priorityClassName",
+        "tolerations",
+    ] {
+        assert_eq!(spec[field], agent[field], "{field}");
+    }
+    assert_eq!(spec["automountServiceAccountToken"], false);
+    assert!(spec["serviceAccountName"].is_null());
+    for field in ["hostPID", "hostIPC"] {
+        assert!(spec[field].is_null(), "{field}");
+    }
+    // Removing the mesh must not remove it, nor it the mesh.
+    let namespaces = of_kind_in("cleanup", "Namespace");
+    assert_eq!(cleanup["metadata"]["namespace"], "picomesh-cleanup");
+    assert!(namespaces.contains_key("picomesh-cleanup"));
+    assert_eq!(of_kind_in("cleanup", "ClusterRole").len(), 0);
+
+    let ([cleans], [waits]) = (list(&spec["initContainers"]), list(&spec["containers"])) else {
+        panic!("one container that cleans and one that waits are expected")
+    };
+    assert_eq!(cleans["args"], json!(["cleanup"]));
+    assert_eq!(waits["args"], json!(["cleanup", "--wait"]));
+    let host_root = |container: &Value| {
+        let all = list(&container["env"]).iter();
+        let mut named = all.filter(|variable| variable["name"] == "PICOMESH_HOST_ROOT");
+        string(&named.next().unwrap()["value"])
+    };
+    // What pins and records name, they name by these.
+    let root = host_root(&agent["containers"][0]);
+    assert_eq!(host_root(cleans), root);
+    let paths: BTreeMap<_, _> = list(&spec["volumes"])
+        .iter()
+        .map(|volume| (string(&volume["name"]), &volume["hostPath"]["path"]))
+        .collect();
+    let mounts: BTreeMap<_, _> = list(&cleans["volumeMounts"])
+        .iter()
+        .map(|mount| {
+            let from = string(paths[&string(&mount["name"])]);
+            (from, string(&mount["mountPath"]))
+        })
+        .collect();
+    let wanted = [
+        ("/", root.as_str()),
+        ("/run", "/run"),
+        ("/sys/fs/bpf", "/sys/fs/bpf"),
+    ];
+    let wanted = wanted.map(|(from, to)| (from.to_owned(), to.to_owned()));
+    assert_eq!(mounts, BTreeMap::from(wanted));
+    for container in [cleans, waits] {
+        assert_eq!(container["image"], image::AGENT);
+        let context = &container["securityContext"];
+        assert!(context["privileged"].is_null());
+        assert_eq!(context["allowPrivilegeEscalation"], false);
+        assert_eq!(context["readOnlyRootFilesystem"], true);
+        assert_eq!(context["capabilities"]["drop"], json!(["ALL"]));
+    }
+    let of_agent = &agent["containers"][0]["securityContext"]["capabilities"];
+    assert_eq!(&cleans["securityContext"]["capabilities"], of_agent);
+    assert!(waits["securityContext"]["capabilities"]["add"].is_null());
+    assert_eq!(waits["securityContext"]["runAsNonRoot"], true);
+    assert!(waits["volumeMounts"].is_null() && waits["env"].is_null());
 }
 
 #[test]

@@ -7,7 +7,7 @@ use anyhow::Context;
 use tokio::{runtime, sync::watch};
 use tracing::info;
 
-use super::Signals;
+use super::life::Signals;
 use crate::{
     admin::http::{Server, Shown},
     config::{ControlConfig, Role},

@@ -1,5 +1,12 @@
 //! What the CNI plugin's callers are told of a pod: whether it is meshed the mesh says, where it is
 //! captured the kernel half.
+//!
+//! **What was heard last counts,** also while namespaces cannot be listed or watched and may be in the
+//! mesh meanwhile. To answer [`Standing::Unknown`] then would protect nobody: the plugin would go by
+//! its file, which is written from the same namespaces and lets the same pods start, only ten seconds
+//! later. And pods that are not meshed, in a namespace where others have joined one by one, would not
+//! start at all until the API server answers. A pod whose namespace joined in that time is captured as
+//! soon as that is heard. A namespace that was *never* heard of is another matter.
 
 use std::sync::Arc;
 
@@ -57,7 +64,27 @@ fn standing(mesh: &Mesh, uid: &str, capture: impl FnOnce(&str) -> Option<Capture
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::manifests::{mesh, meshed_namespace, pod};
+    use crate::{
+        cni::intent::{Annotations, Intent, Verdict, judge},
+        testing::manifests::{mesh, meshed_namespace, pod},
+    };
+
+    #[test]
+    fn what_the_plugin_would_go_by_knows_no_more_of_a_namespace_than_the_mesh() {
+        let plain = "---\n{apiVersion: v1, kind: Namespace, metadata: {name: shop}}\n";
+        let own = "labels: {picomesh.io/mesh: enabled}";
+        let alone = plain.to_owned() + &pod("shop/pod", "n1", &["10.0.0.1"], "");
+        let beside = alone.clone() + &pod("shop/own", "n1", &["10.0.0.2"], own);
+        for (manifests, opted_in, starts) in [(alone, None, true), (beside, Some(true), false)] {
+            let mesh = mesh(&manifests);
+            assert_eq!(standing(&mesh, "uid-pod", |_| None), Standing::NotMeshed);
+            let pods = [("shop", opted_in), ("shop", None)];
+            let intent = Intent::of(&Intent::default(), [("shop", false)], pods, false);
+            // Where it would be another answer, it would hold up a pod that is not meshed.
+            let verdict = judge(&Ok(intent), "shop", &Annotations::new());
+            assert_eq!(matches!(verdict, Verdict::Starts), starts);
+        }
+    }
 
     #[test]
     fn a_pod_that_is_heard_of_before_its_namespace_is_not_called_plain() {

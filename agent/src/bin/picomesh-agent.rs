@@ -57,7 +57,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Run(args) => app::run(args.config(|name| env::var_os(name))?),
         Command::Controller(args) => app::control::run(args.config(|name| env::var_os(name))?),
         Command::Signer(args) => app::control::run(args.config(|name| env::var_os(name))?),
-        Command::Cleanup(config::CleanupArgs { dirs, cni }) => {
+        Command::Cleanup(config::CleanupArgs { dirs, cni, wait }) => {
             let install = cni.install(&dirs.run_dir)?;
             let settings = DatapathSettings {
                 bpf_dir: dirs.bpf_dir,
@@ -81,7 +81,11 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             if let Some(held) = held {
                 held.remove()?;
             }
-            unplugged
+            unplugged?;
+            if wait {
+                small_runtime()?.block_on(app::asked_to_end())?;
+            }
+            Ok(())
         }
         Command::Debug(args) => {
             let text = small_runtime()?.block_on(admin::show::run(args))?;

@@ -1,36 +1,44 @@
-//! The plugin's place on the node: its program among the CNI plugins, and its entry in the network
-//! configuration that the runtime uses.
+//! The plugin's place on the node: its program among the CNI plugins, and a list of our own among the
+//! network configurations.
 //!
-//! The runtime takes the first configuration by name. If it is a list (`.conflist`) our entry
-//! becomes its last plugin, and nothing else in the file changes. A single plugin (`.conf`) cannot
-//! be chained, so a list is made of it in a file of our own, whose name comes before the other's;
-//! the other stays as it is.
+//! The runtime takes the first configuration by name. Ours, [`LIST`], comes before those of network
+//! plugins. It is made of the one that the runtime would take without it, the *original*, with our
+//! entry as its last plugin, and follows that whenever it changes.
 //!
-//! **Every step is one rename**, and each leaves a configuration that works: the program is there
-//! before the entry, and the program goes only when no configuration is found that has it. What is not understood is reported
-//! and left alone; the runtime would not read it either.
+//! **Nobody else's file is ever written.** Network plugins write theirs anew when they start, k3s and
+//! flannel at every start of the node. An entry in there would be gone then, and until the agent is up
+//! pods would start outside of the mesh, in silence. A list of our own stays, so that they wait. And
+//! what is ours is taken out by removing one file, whatever others have changed meanwhile.
 //!
-//! **Others write here too.** Network plugins write their configuration anew when they start.
-//! [`Installer::keep`] watches, and puts the entry back. What happens to a pod that starts in
-//! between is what happens to pods that are older than the agent: it is found and captured, if a
-//! moment late.
+//! **It never outlives its original.** A list that was made of what is gone would make a node look
+//! ready whose network plugin was removed, so it goes too. Where the original is there but cannot be
+//! read (somebody is writing it) the last good list stays, and people are told.
 //!
-//! [`Installer::remove`] takes out exactly what is ours, whatever others have changed meanwhile.
+//! **A configuration that comes before ours** is what the runtime takes. It is as good if it leads to
+//! ours: Multus calls the first configuration that is not its own, and is called by `00-multus.conf`.
+//! A list in front of that would be taken into it, and it into the list, without end; therefore
+//! [`LIST`] comes behind it and before everybody else. One that does not lead to ours is reported.
+//!
+//! **Every step is one rename or one removal**, and each leaves a configuration that works: the
+//! program is there before the list, and goes only when no configuration is found that names it.
+//! While the original is newer than ours, pods start by what it was a moment ago.
+//!
+//! [`Installer::keep`] installs, watches and repairs; [`Installer::remove`] takes out what is ours.
 
 pub mod conflist;
 mod files;
 mod places;
+mod removal;
+mod repairs;
 mod wake;
 
 use std::{
-    collections::VecDeque,
     fs, io,
     path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    thread,
     time::{Duration, Instant},
 };
 
@@ -41,29 +49,27 @@ use tokio::{
     task::spawn_blocking,
     time::{sleep, timeout},
 };
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
+pub use self::removal::Removed;
 use self::{
-    files::{Dir, Text, mentions, read_program},
+    files::{Dir, Text, mentions, read_as_node, read_program},
     places::PLACES,
+    repairs::Repairs,
     wake::Watch,
 };
 use super::PLUGIN;
 use crate::drain;
 
-/// What the names of our own lists end with. They come before what they are made of: `-` < `.`.
-const MADE: &str = "-picomesh.conflist";
+/// Our own list. Network plugins' begin at `01-` (kube-ovn), Istio's is `02-istio-conf.conflist`,
+/// Cilium's `05-cilium.conflist`, most are `10-`; `00-multus.conf` comes before it, see above.
+pub const LIST: &str = "00-picomesh.conflist";
 /// Configurations in one directory.
 const MAX_FILES: usize = 1024;
 /// The plugin has less than 2 MB as it ships; a debug build has more.
 const MAX_PROGRAM: u64 = 64 * 1024 * 1024;
 /// After the first change its companions are waited for.
 const GATHER: Duration = Duration::from_millis(100);
-/// How often a file that somebody else is writing is tried in one go.
-const TRIES: u32 = 5;
-/// More repairs than this within [`QUARREL`] are a quarrel: somebody puts back what we replace.
-const REPAIRS: usize = 3;
-const QUARREL: Duration = Duration::from_secs(60);
 /// Looked at this often without being told.
 const POLL: Duration = Duration::from_secs(5);
 
@@ -108,16 +114,23 @@ pub enum InstallError {
          DAC_OVERRIDE: without it root may write only where its owner is root"
     )]
     Denied { path: PathBuf, source: io::Error },
-    #[error("{path} {why}; it is left alone, and pods are captured only after they have started")]
+    #[error(
+        "{path} {why}; no list is made of it, and pods may be captured only after they have started"
+    )]
     Malformed {
         path: PathBuf,
         why: conflist::Malformed,
     },
-    #[error("{path} is written by somebody else all the time; it is tried again")]
-    Contended { path: PathBuf },
+    #[error(
+        "{path} comes before {LIST} by name and does not lead to it, so the runtime does not call \
+         {PLUGIN}; restart Multus, or let it take ours by --multus-master-cni-file-name={LIST}; \
+         rename anything else, or have it call {LIST}"
+    )]
+    Before { path: PathBuf },
     #[error(
         "{path} still names {PLUGIN}, so its program and what that goes by stay: without them no pod \
-         would start; take the entry out of the file, then run: picomesh-agent cleanup"
+         would start; take the entry out of the file (restart whoever has copied it from {LIST}), then \
+         run: picomesh-agent cleanup"
     )]
     StillNamed { path: PathBuf },
     #[error(
@@ -131,41 +144,39 @@ pub enum InstallError {
     },
 }
 
-/// What was removed, and what could not be.
-#[derive(Debug, Default)]
-pub struct Removed {
-    pub done: Vec<PathBuf>,
-    pub problems: Vec<InstallError>,
-    /// No configuration of the node names the plugin any more: nobody misses what it needs.
-    pub unplugged: bool,
-}
-
 pub struct Installer {
     settings: InstallSettings,
-    entry: String,
 }
 
-/// The configuration that the runtime uses.
+/// What one look at the node has come to.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Ensured {
+    pub now: Installed,
+    /// Files that were written or removed.
+    pub written: Vec<PathBuf>,
+    /// What our list holds; `None`: there shall be none.
+    list: Option<String>,
+}
+
+/// Where the node's network configuration is.
 struct Network {
     dir: Dir,
     bins: Vec<PathBuf>,
-    name: String,
+    /// Names of others' configurations, in order.
+    names: Vec<String>,
+}
+
+/// What the runtime would use without ours.
+struct Original<'a> {
+    name: &'a str,
+    path: PathBuf,
     text: String,
-    read: Text,
+    mode: u32,
 }
 
 impl Installer {
     pub fn new(settings: InstallSettings) -> Self {
-        let entry = json!({
-            "type": PLUGIN,
-            "capabilities": {"io.kubernetes.cri.pod-annotations": true},
-            "runDir": settings.run_dir.to_string_lossy(),
-            "intent": settings.intent.to_string_lossy(),
-        });
-        Self {
-            entry: entry.to_string(),
-            settings,
-        }
+        Self { settings }
     }
 
     /// Installs, watches and repairs until the end begins. Before it is called the file of
@@ -180,6 +191,7 @@ impl Installer {
         let changed = Arc::new(Notify::new());
         let mut watcher = Watch::new(&changed);
         let mut repairs = Repairs::default();
+        let mut list = None;
         loop {
             if let Some(watcher) = &mut watcher {
                 watcher.follow(&self.directories());
@@ -188,18 +200,22 @@ impl Installer {
             if writes.load(Ordering::Acquire) {
                 let installer = Arc::clone(&self);
                 let done = spawn_blocking(move || installer.ensure()).await;
-                let (mut now, mended) = match done {
-                    Ok(Ok((now, mended))) => (now, mended),
-                    Ok(Err(error)) => (Installed::Failed(error.to_string()), Vec::new()),
+                let (mut now, written) = match done {
+                    Ok(Ok(done)) => {
+                        let follows = done.list != list;
+                        list = done.list;
+                        (done.now, Written::of(done.written, follows))
+                    }
+                    Ok(Err(error)) => (Installed::Failed(error.to_string()), Written::Nothing),
                     // The runtime ends.
                     Err(_) => return,
                 };
-                rest = repairs.rest(&mended, Instant::now());
+                rest = repairs.rest(written.repaired(), Instant::now());
                 if rest.is_some() {
                     now = Installed::Failed(repairs.sentence());
                 }
                 let before = told.send_replace(now.clone());
-                report(&before, &now, &mended);
+                report(&before, &now, &written);
             }
             tokio::select! {
                 () = drain.begun() => return,
@@ -246,154 +262,112 @@ impl Installer {
         }
     }
 
-    /// Puts in what is missing; says which files were written.
-    pub fn ensure(&self) -> Result<(Installed, Vec<PathBuf>), InstallError> {
-        let Some(network) = self.network()? else {
-            // A list that was made of what is gone would be all that the runtime finds.
-            let mut written = Vec::new();
-            for (conf, _) in self.places() {
-                let dir = Dir::open(&self.settings.host_root, &conf).map_err(at(conf))?;
-                written.extend(dir.iter().flat_map(|dir| take_out_others(dir, None)));
+    /// Puts in what is missing, and takes out what shall not be there.
+    pub fn ensure(&self) -> Result<Ensured, InstallError> {
+        let network = self.network()?;
+        let mut written = Vec::new();
+        // Elsewhere nobody keeps it in step.
+        for (conf, _) in self.places() {
+            if network.as_ref().is_none_or(|used| used.dir.path != conf)
+                && let Some(dir) = self.open(&conf)?
+            {
+                take_out(&dir, &mut written)?;
             }
-            return Ok((Installed::NoNetwork, written));
-        };
-        let done = self.put_in(&network);
-        if let Err(InstallError::Malformed {
-            why: conflist::Malformed::Version(_),
-            ..
-        }) = done
-        {
-            // Its version was changed below our entry, or an agent before had let it pass.
-            take_out_others(&network.dir, None);
         }
-        done
+        let Some(network) = network else {
+            let (now, list) = (Installed::NoNetwork, None);
+            return Ok(Ensured { now, written, list });
+        };
+        let before = self.passed_by(&network);
+        let Some(name) = network.names.iter().find(|name| name.as_str() > LIST) else {
+            take_out(&network.dir, &mut written)?;
+            // There is one, and it comes before ours: what it leads to is gone.
+            before?;
+            let (now, list) = (Installed::NoNetwork, None);
+            return Ok(Ensured { now, written, list });
+        };
+        let done = self
+            .original(&network, name)
+            .and_then(|original| self.follow(&network, &original, &mut written));
+        match done {
+            Ok((list, place)) => Ok(Ensured {
+                now: match before {
+                    Ok(()) => place,
+                    Err(error) => Installed::Failed(error.to_string()),
+                },
+                written,
+                list: Some(list),
+            }),
+            Err(error) => {
+                if !is_last_good(&network.dir, &error) {
+                    take_out(&network.dir, &mut written)?;
+                }
+                Err(error)
+            }
+        }
     }
 
-    fn put_in(&self, network: &Network) -> Result<(Installed, Vec<PathBuf>), InstallError> {
-        let mut written = Vec::new();
-        let bin = self.bin_of(network)?;
-        let (dir, read) = (&network.dir, &network.read);
-        let path = dir.named(&network.name);
-        let listed = is_list(&network.name);
-        // Ours, and what it shall hold, unless it does already.
-        let (name, new) = if listed {
-            let new = edited(conflist::with_entry(&network.text, &self.entry), &path)?;
-            (network.name.clone(), new)
-        } else {
-            let list = edited(conflist::from_single(&network.text, &self.entry), &path)?;
-            let made = made_of(&network.name);
-            let there = dir.read(&made, conflist::MAX_BYTES);
-            let same = there.is_ok_and(|there| there.bytes == list.as_bytes());
-            (made, (!same).then_some(list))
-        };
+    /// Makes ours as the original is now. Says what it holds, and where everything is.
+    fn follow(
+        &self,
+        network: &Network,
+        original: &Original<'_>,
+        written: &mut Vec<PathBuf>,
+    ) -> Result<(String, Installed), InstallError> {
+        let dir = &network.dir;
+        let entry = self.entry(original.name);
+        let list = made(
+            if is_list(original.name) {
+                conflist::from_list(&original.text, &entry)
+            } else {
+                conflist::from_single(&original.text, &entry)
+            },
+            &original.path,
+        )?;
+        let bin = self.bin_of(network, original)?;
         let program = bin.named(PLUGIN);
         if self.copy_program(&bin)? {
             written.push(program.clone());
         }
-        let configuration = dir.named(&name);
-        if let Some(new) = new {
-            if listed {
-                replace(dir, &name, Some(read), &new)?;
-            } else {
-                let put = dir.put(&name, new.as_bytes(), read.mode);
-                put.map_err(at(configuration.clone()))?;
-            }
+        let configuration = dir.named(LIST);
+        let there = dir.read(LIST, list.len());
+        if !there.is_ok_and(|there| there.bytes == list.as_bytes() && there.mode == original.mode) {
+            let put = dir.put(LIST, list.as_bytes(), original.mode);
+            put.map_err(at(configuration.clone()))?;
             written.push(configuration.clone());
         }
-        // What the runtime used before, and uses no more.
-        written.extend(take_out_others(dir, Some(&name)));
-        let now = Installed::At {
+        let place = Installed::At {
             configuration,
             program,
         };
-        Ok((now, written))
+        Ok((list, place))
     }
 
-    /// Takes out everything of ours, wherever a distribution could have it. What others have there
-    /// stays as it is now. A runtime that finds our entry and not our program starts no pod, so as
-    /// long as one configuration names the plugin everything that it needs stays.
-    pub fn remove(&self) -> Removed {
-        let mut removed = self.unplug();
-        if removed.unplugged {
-            // Last: a plugin that still runs must not miss it.
-            self.forget_intent(&mut removed);
-        }
-        removed
-    }
-
-    /// The entry, and if no configuration has it any more the program.
-    fn unplug(&self) -> Removed {
-        let mut removed = Removed::default();
-        let mut bins = Vec::new();
-        let mut named = false;
-        for (conf, candidates) in self.places() {
-            match Dir::open(&self.settings.host_root, &conf) {
-                Ok(Some(dir)) => {
-                    take_out(&dir, None, &mut removed);
-                    named |= self.is_named(&dir, &mut removed);
-                }
-                Ok(None) => {}
-                Err(source) => {
-                    named = true;
-                    removed.problems.push(at(conf)(source));
-                }
-            }
-            bins.extend(candidates);
-        }
-        removed.unplugged = !named;
-        if named {
-            return removed;
-        }
-        for path in bins {
-            let gone = Dir::open(&self.settings.host_root, &path).and_then(|dir| match dir {
-                Some(dir) => dir.tidy(PLUGIN).and_then(|()| dir.remove(PLUGIN)),
-                None => Ok(false),
-            });
-            removed.note(path.join(PLUGIN), gone);
-        }
-        removed
-    }
-
-    /// Does any configuration still name the plugin? One that cannot be read might.
-    fn is_named(&self, dir: &Dir, removed: &mut Removed) -> bool {
-        let names = match dir.names(MAX_FILES) {
-            Ok(names) => names,
-            Err(source) => {
-                removed.problems.push(at(dir.path.clone())(source));
-                return true;
-            }
+    /// Is the runtime led to ours by everything that comes before it?
+    fn passed_by(&self, network: &Network) -> Result<(), InstallError> {
+        let Some(first) = network.names.first().filter(|name| name.as_str() < LIST) else {
+            return Ok(());
         };
-        let mut named = false;
-        for name in names.iter().filter(|name| is_configuration(name)) {
-            let path = dir.named(name);
-            let root = &self.settings.host_root;
-            match mentions(root, &path, PLUGIN, conflist::MAX_BYTES) {
-                Ok(false) => continue,
-                Ok(true) => removed.problems.push(InstallError::StillNamed { path }),
-                Err(source) => removed.problems.push(at(path)(source)),
+        let path = network.dir.named(first);
+        let root = &self.settings.host_root;
+        for word in [PLUGIN, LIST] {
+            if mentions(root, &path, word, conflist::MAX_BYTES).map_err(at(path.clone()))? {
+                return Ok(());
             }
-            named = true;
         }
-        named
+        Err(InstallError::Before { path })
     }
 
-    fn forget_intent(&self, removed: &mut Removed) {
-        let intent = &self.settings.intent;
-        let (Some(parent), Some(name)) = (intent.parent(), intent.file_name()) else {
-            return;
-        };
-        let name = name.to_string_lossy();
-        let gone = Dir::open(&self.settings.host_root, parent).and_then(|dir| match dir {
-            Some(dir) => {
-                dir.remove(&format!("{name}.new"))?;
-                let gone = dir.remove(&name)?;
-                // Not if anything else is in it.
-                let _others = fs::canonicalize(dir.at()).and_then(fs::remove_dir);
-                Ok(gone)
-            }
-            None => Ok(false),
-        });
-        removed.note(intent.clone(), gone);
+    /// Of a list that is made of `original`.
+    fn entry(&self, original: &str) -> String {
+        json!({
+            "type": PLUGIN,
+            "capabilities": {"io.kubernetes.cri.pod-annotations": true},
+            "runDir": self.settings.run_dir.to_string_lossy(),
+            "intent": self.settings.intent.to_string_lossy(),
+            "madeOf": original,
+        })
+        .to_string()
     }
 
     /// Directories of configurations and those of their plugins.
@@ -416,50 +390,50 @@ impl Installer {
         }
     }
 
+    /// The first place that has a configuration of somebody else's.
     fn network(&self) -> Result<Option<Network>, InstallError> {
         for (conf, bins) in self.places() {
-            let opened = Dir::open(&self.settings.host_root, &conf);
-            let Some(dir) = opened.map_err(at(conf.clone()))? else {
+            let Some(dir) = self.open(&conf)? else {
                 continue;
             };
-            let names = dir.names(MAX_FILES).map_err(at(conf))?;
-            let Some(name) = names
-                .into_iter()
-                .find(|name| is_configuration(name) && !name.ends_with(MADE))
-            else {
-                continue;
-            };
-            let path = dir.named(&name);
-            let read = dir
-                .read(&name, conflist::MAX_BYTES)
-                .map_err(at(path.clone()))?;
-            let Ok(text) = String::from_utf8(read.bytes.clone()) else {
-                let why = conflist::Malformed::Garbage("it is not UTF-8".into());
-                return Err(InstallError::Malformed { path, why });
-            };
-            return Ok(Some(Network {
-                dir,
-                bins,
-                name,
-                text,
-                read,
-            }));
+            let mut names = dir.names(MAX_FILES).map_err(at(conf))?;
+            names.retain(|name| is_configuration(name) && name != LIST);
+            if !names.is_empty() {
+                return Ok(Some(Network { dir, bins, names }));
+            }
         }
         Ok(None)
     }
 
+    fn open(&self, path: &Path) -> Result<Option<Dir>, InstallError> {
+        Dir::open(&self.settings.host_root, path).map_err(at(path.to_owned()))
+    }
+
+    fn original<'a>(&self, network: &Network, name: &'a str) -> Result<Original<'a>, InstallError> {
+        let path = network.dir.named(name);
+        let read = read_as_node(&self.settings.host_root, &path, conflist::MAX_BYTES);
+        let Text { bytes, mode } = read.map_err(at(path.clone()))?;
+        let garbage = |_| conflist::Malformed::Garbage("it is not UTF-8".into());
+        let text = made(String::from_utf8(bytes).map_err(garbage), &path)?;
+        Ok(Original {
+            name,
+            path,
+            text,
+            mode,
+        })
+    }
+
     /// The directory that holds the first plugin of the configuration.
-    fn bin_of(&self, network: &Network) -> Result<Dir, InstallError> {
-        let configuration = network.dir.named(&network.name);
-        let first = if is_list(&network.name) {
-            conflist::programs(&network.text).map(|all| all.into_iter().next())
+    fn bin_of(&self, network: &Network, original: &Original<'_>) -> Result<Dir, InstallError> {
+        let first = if is_list(original.name) {
+            conflist::programs(&original.text).map(|all| all.into_iter().next())
         } else {
-            conflist::program(&network.text).map(Some)
+            conflist::program(&original.text).map(Some)
         };
         let first = first.and_then(|first| first.ok_or(conflist::Malformed::NoPlugins));
-        let plugin = edited(first, &configuration)?;
+        let plugin = made(first, &original.path)?;
         for path in &network.bins {
-            let dir = Dir::open(&self.settings.host_root, path).map_err(at(path.clone()))?;
+            let dir = self.open(path)?;
             // Whoever names a directory knows why.
             let named = self.settings.bin_dir.is_some();
             if let Some(dir) = dir
@@ -474,7 +448,7 @@ impl Installer {
             .map(|p| p.display().to_string())
             .collect();
         Err(InstallError::NoPrograms {
-            configuration,
+            configuration: original.path.clone(),
             plugin,
             looked: looked.join(", "),
         })
@@ -495,7 +469,7 @@ impl Installer {
     /// Those that exist, as the agent sees them.
     fn directories(&self) -> Vec<PathBuf> {
         let open = |path: &Path| {
-            let dir = Dir::open(&self.settings.host_root, path).ok().flatten()?;
+            let dir = self.open(path).ok().flatten()?;
             fs::canonicalize(dir.at()).ok()
         };
         let mut all = Vec::new();
@@ -510,117 +484,35 @@ impl Installer {
     }
 }
 
-/// Files that were put right of late, so that two who each put theirs back do not do it without end.
-#[derive(Default)]
-struct Repairs {
-    times: VecDeque<Instant>,
-    last: PathBuf,
-}
-
-impl Repairs {
-    /// How long to leave it alone; `None`: nobody quarrels.
-    fn rest(&mut self, written: &[PathBuf], now: Instant) -> Option<Duration> {
-        if let Some(path) = written.last() {
-            self.times.push_back(now);
-            self.last.clone_from(path);
-        }
-        let old = |then: &Instant| now.saturating_duration_since(*then) >= QUARREL;
-        while self.times.front().is_some_and(old) {
-            self.times.pop_front();
-        }
-        let more = u32::try_from(self.times.len().checked_sub(REPAIRS + 1)?).unwrap_or(u32::MAX);
-        Some((2 * GATHER * 2_u32.saturating_pow(more)).min(POLL))
+/// May our list stay as it is, though the original is not what it could be made of?
+fn is_last_good(dir: &Dir, error: &InstallError) -> bool {
+    if let InstallError::Malformed {
+        why: conflist::Malformed::Version(_),
+        ..
+    } = error
+    {
+        // It is good, and newer than ours.
+        return false;
     }
-
-    fn sentence(&self) -> String {
-        format!(
-            "somebody restores {} whenever the CNI plugin's entry is put in; find out who, or set \
-             --no-cni",
-            self.last.display()
-        )
-    }
-}
-
-impl Removed {
-    fn note(&mut self, path: PathBuf, gone: io::Result<bool>) {
-        match gone {
-            Ok(true) => self.done.push(path),
-            Ok(false) => {}
-            Err(source) => self.problems.push(at(path)(source)),
-        }
-    }
-}
-
-/// Takes our entry out of every list but `kept`, and removes every other list that we have made.
-fn take_out(dir: &Dir, kept: Option<&str>, removed: &mut Removed) {
-    let names = match dir.names(MAX_FILES) {
-        Ok(names) => names,
-        Err(source) => return removed.problems.push(at(dir.path.clone())(source)),
+    let longest = 2 * conflist::MAX_BYTES;
+    let Ok(there) = dir.read(LIST, longest) else {
+        return false;
     };
-    for name in names.into_iter().filter(|name| kept != Some(name.as_str())) {
-        let path = dir.named(&name);
-        if name.ends_with(MADE) {
-            removed.note(path, dir.remove(&name));
-            continue;
-        }
-        if !is_list(&name) {
-            continue;
-        }
-        match take_out_of(dir, &name) {
-            Ok(true) => removed.done.push(path),
-            Ok(false) => {}
-            Err(problem) => removed.problems.push(problem),
-        }
-    }
+    let text = String::from_utf8(there.bytes).unwrap_or_default();
+    conflist::made_of(&text).is_some_and(|name| is_name(&name) && dir.has(&name))
 }
 
-/// Takes ours out of what the runtime does not use; says which files were written.
-fn take_out_others(dir: &Dir, kept: Option<&str>) -> Vec<PathBuf> {
-    let mut removed = Removed::default();
-    take_out(dir, kept, &mut removed);
-    for problem in removed.problems {
-        debug!(%problem, "a configuration that is not used");
+fn take_out(dir: &Dir, written: &mut Vec<PathBuf>) -> Result<(), InstallError> {
+    let path = dir.named(LIST);
+    dir.tidy(LIST).map_err(at(path.clone()))?;
+    if dir.remove(LIST).map_err(at(path.clone()))? {
+        written.push(path);
     }
-    removed.done
+    Ok(())
 }
 
-/// True: our entry was there.
-fn take_out_of(dir: &Dir, name: &str) -> Result<bool, InstallError> {
-    let path = dir.named(name);
-    dir.tidy(name).map_err(at(path.clone()))?;
-    let mut tries = 0;
-    loop {
-        tries += 1;
-        // What cannot be read is told by whoever must know that nobody names us any more.
-        let Ok(read) = dir.read(name, conflist::MAX_BYTES) else {
-            return Ok(false);
-        };
-        let text = match std::str::from_utf8(&read.bytes) {
-            Ok(text) if text.contains(PLUGIN) => text,
-            Ok(_) | Err(_) => return Ok(false),
-        };
-        let Some(new) = edited(conflist::without_entry(text), &path)? else {
-            return Ok(false);
-        };
-        match replace(dir, name, Some(&read), &new) {
-            Ok(()) => return Ok(true),
-            Err(InstallError::Contended { .. }) if tries < TRIES => thread::sleep(GATHER),
-            Err(error) => return Err(error),
-        }
-    }
-}
-
-fn replace(dir: &Dir, name: &str, before: Option<&Text>, new: &str) -> Result<(), InstallError> {
-    let path = dir.named(name);
-    match dir.replace(name, before, new.as_bytes()) {
-        Ok(true) => Ok(()),
-        Ok(false) => Err(InstallError::Contended { path }),
-        Err(source) => Err(at(path)(source)),
-    }
-}
-
-fn edited<T>(edited: Result<T, conflist::Malformed>, path: &Path) -> Result<T, InstallError> {
-    edited.map_err(|why| InstallError::Malformed {
+fn made<T>(made: Result<T, conflist::Malformed>, path: &Path) -> Result<T, InstallError> {
+    made.map_err(|why| InstallError::Malformed {
         path: path.to_owned(),
         why,
     })
@@ -651,24 +543,45 @@ fn is_name(name: &str) -> bool {
     !name.contains('/') && name != "." && name != ".."
 }
 
-/// The name of the list that we make of a single configuration.
-fn made_of(name: &str) -> String {
-    let stem = name.rsplit_once('.').map_or(name, |(stem, _)| stem);
-    format!("{stem}{MADE}")
+/// Why files were written.
+enum Written {
+    Nothing,
+    /// The original is another, or ours is new.
+    Following(Vec<PathBuf>),
+    /// Somebody has undone what was there already.
+    Repairing(Vec<PathBuf>),
 }
 
-fn report(before: &Installed, now: &Installed, written: &[PathBuf]) {
-    if before == now && written.is_empty() {
+impl Written {
+    fn of(files: Vec<PathBuf>, follows: bool) -> Self {
+        match (files.is_empty(), follows) {
+            (true, _) => Self::Nothing,
+            (false, true) => Self::Following(files),
+            (false, false) => Self::Repairing(files),
+        }
+    }
+
+    fn repaired(&self) -> Option<&Path> {
+        match self {
+            Self::Repairing(files) => files.last().map(PathBuf::as_path),
+            Self::Nothing | Self::Following(_) => None,
+        }
+    }
+}
+
+fn report(before: &Installed, now: &Installed, written: &Written) {
+    match written {
+        Written::Repairing(files) => warn!(
+            ?files,
+            "the CNI plugin's place was changed by somebody, and is put right"
+        ),
+        Written::Following(files) => info!(?files, "written as the node's network is"),
+        Written::Nothing => {}
+    }
+    if before == now {
         return;
     }
-    let first = matches!(before, Installed::No | Installed::NoNetwork);
     match now {
-        Installed::At { .. } if !written.is_empty() && !first => {
-            warn!(
-                ?written,
-                "the CNI plugin's place was changed by somebody, and is put right"
-            );
-        }
         Installed::At {
             configuration,
             program,
@@ -677,9 +590,9 @@ fn report(before: &Installed, now: &Installed, written: &[PathBuf]) {
             info!(%configuration, %program, "the CNI plugin is in its place");
         }
         Installed::NoNetwork => {
-            info!("the node has no network configuration yet; the CNI plugin waits for one");
+            info!("the node has no network configuration; the CNI plugin waits for one");
         }
-        Installed::Failed(error) => warn!(error, "the CNI plugin cannot be installed"),
+        Installed::Failed(error) => warn!(error, "the CNI plugin is not as it should be"),
         Installed::No => {}
     }
 }

@@ -295,6 +295,9 @@ pub struct CleanupArgs {
     pub dirs: DirArgs,
     #[command(flatten)]
     pub cni: CniArgs,
+    /// Stays until it is asked to end: a DaemonSet's container that ends is started anew.
+    #[arg(long)]
+    pub wait: bool,
 }
 
 #[derive(Debug, Args)]

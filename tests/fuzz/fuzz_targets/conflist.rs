@@ -1,39 +1,26 @@
-//! A network configuration of the node, which our entry is put into and taken out of.
+//! A network configuration of the node, which a list of our own is made of.
 //!
-//! What is taken out again leaves every byte as it was; putting it in twice is putting it in once;
-//! everybody else's plugins stay, in their order.
+//! Ours has everybody else's plugins in their order, and is what a list made of it would be.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use picomesh::cni::install::conflist::{from_single, program, programs, with_entry, without_entry};
+use picomesh::cni::install::conflist::{from_list, from_single, made_of, program, programs};
 
-const ENTRY: &str = r#"{"type":"picomesh-cni","runDir":"/run/picomesh"}"#;
+const ENTRY: &str = r#"{"type":"picomesh-cni","madeOf":"10-a.conf"}"#;
 
 fuzz_target!(|text: &str| {
-    // What others had of ours goes in any case.
-    let clean = match without_entry(text) {
-        Ok(Some(clean)) => clean,
-        Ok(None) => text.to_owned(),
-        Err(_) => {
-            assert!(with_entry(text, ENTRY).is_err());
-            single(text);
-            return;
-        }
-    };
-    assert_eq!(without_entry(&clean), Ok(None));
-    assert_eq!(programs(&clean), programs(text));
-    let with = with_entry(&clean, ENTRY)
-        .expect("what is understood without is understood with")
-        .expect("it was not there");
-    assert_eq!(with_entry(&with, ENTRY), Ok(None));
-    assert_eq!(programs(&with), programs(text));
-    assert_eq!(without_entry(&with), Ok(Some(clean)));
-    assert!(with_entry(text, ENTRY).is_ok());
+    let _whatever = made_of(text);
+    if let Ok(list) = from_list(text, ENTRY) {
+        assert_eq!(programs(&list), programs(text));
+        is_ours(&list);
+    }
+    if let Ok(list) = from_single(text, ENTRY) {
+        assert_eq!(programs(&list), program(text).map(|only| vec![only]));
+        is_ours(&list);
+    }
 });
 
-fn single(text: &str) {
-    if let Ok(list) = from_single(text, ENTRY) {
-        assert_eq!(with_entry(&list, ENTRY), Ok(None), "{list}");
-        assert_eq!(programs(&list), program(text).map(|only| vec![only]));
-    }
+fn is_ours(list: &str) {
+    assert_eq!(from_list(list, ENTRY).as_deref(), Ok(list));
+    assert_eq!(made_of(list).as_deref(), Some("10-a.conf"), "{list}");
 }

@@ -1,8 +1,8 @@
-//! Our entry in a network configuration, put in and taken out as text: whatever else stands in the
-//! file stays byte by byte, also how it is written.
+//! The list that is ours, made of a configuration of somebody else's: as text, so that whatever stands
+//! in that one stands in ours byte by byte, also numbers and words that nobody here understands.
 //!
-//! Pure. What others wrote is bounded and checked first; what the runtime could not read either is
-//! reported and never touched.
+//! Pure. What others wrote is bounded and checked first; of what the runtime could not read either no
+//! list is made.
 
 use std::ops::Range;
 
@@ -10,6 +10,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use thiserror::Error;
 
+use super::LIST;
 use crate::cni::{
     PLUGIN,
     plugin::configuration::{VERSIONS, Version},
@@ -20,7 +21,7 @@ use crate::cni::{
 pub const MAX_BYTES: usize = 1024 * 1024;
 const MAX_PLUGINS: usize = 64;
 
-/// Why a file is left alone.
+/// Why no list is made of a file.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum Malformed {
     #[error("has more than {MAX_BYTES} bytes")]
@@ -33,6 +34,11 @@ pub enum Malformed {
     TooMany(usize),
     #[error("plugin {0} has no type")]
     NoType(usize),
+    #[error(
+        "leads back to {LIST}, which would be made of it; let it call the network plugin's own list \
+         by name, or name it so that it comes before {LIST}"
+    )]
+    Circle,
     #[error(
         "has cniVersion {0:?}, in which {PLUGIN} cannot be chained; use a network plugin that writes \
          one of {known}", known = VERSIONS.map(Version::name).join(", ")
@@ -55,6 +61,8 @@ struct Plugin {
     name: Option<String>,
     #[serde(rename = "type")]
     kind: Option<String>,
+    /// Of our entry only.
+    made_of: Option<String>,
 }
 
 /// One plugin of the list, where it stands in the text.
@@ -63,21 +71,14 @@ struct Place {
     kind: String,
 }
 
-/// The list with `entry` as its last plugin, and nowhere else. `None`: it is so already. Only where
-/// runtimes may ask the plugin if it knows the list's version.
-pub fn with_entry(text: &str, entry: &str) -> Result<Option<String>, Malformed> {
-    let plugins = places(text)?;
+/// A list like `text` with `entry` as its last plugin, and nowhere else. Its name stays too: what
+/// network plugins keep of a pod they keep under that. Only where runtimes may ask the plugin if it
+/// knows the list's version.
+pub fn from_list(text: &str, entry: &str) -> Result<String, Malformed> {
+    places(text)?;
     chainable(parse::<List<'_>>(text)?.cni_version)?;
-    let ours = |place: &&Place| place.kind == PLUGIN;
-    let mut found = plugins.iter().filter(ours);
-    if let (Some(only), None) = (found.next(), found.next())
-        && text[only.at.clone()] == *entry
-        && plugins.last().is_some_and(|last| last.at == only.at)
-        && plugins.len() > 1
-    {
-        return Ok(None);
-    }
     let mut text = without_entry(text)?.unwrap_or_else(|| text.to_owned());
+    leads_on(&text)?;
     let plugins = places(&text)?;
     let last = plugins.last().ok_or(Malformed::NoPlugins)?;
     // As others are parted from each other, so is ours.
@@ -91,12 +92,12 @@ pub fn with_entry(text: &str, entry: &str) -> Result<Option<String>, Malformed> 
         n => text[plugins[n - 2].at.end..last.at.start].replace(',', ""),
     };
     text.insert_str(last.at.end, &format!(",{gap}{entry}"));
-    Ok(Some(text))
+    Ok(text)
 }
 
-/// The list without any entry of ours, whatever its version. `None`: there is none. A list that would be empty is not
-/// possible: ours alone makes no interfaces, so nobody runs it.
-pub fn without_entry(text: &str) -> Result<Option<String>, Malformed> {
+/// The list without any entry of ours, which somebody may have copied. `None`: there is none. A list
+/// that would be empty is not possible: ours alone makes no interfaces, so nobody runs it.
+fn without_entry(text: &str) -> Result<Option<String>, Malformed> {
     let plugins = places(text)?;
     if plugins.iter().all(|place| place.kind != PLUGIN) {
         return Ok(None);
@@ -119,6 +120,7 @@ pub fn without_entry(text: &str) -> Result<Option<String>, Malformed> {
 /// A list of one single plugin's configuration (`.conf`), and `entry` behind it.
 pub fn from_single(text: &str, entry: &str) -> Result<String, Malformed> {
     program(text)?;
+    leads_on(text)?;
     let single: Plugin = parse(text)?;
     let version = chainable(single.cni_version)?;
     // Both were text in JSON, so they are again.
@@ -129,6 +131,16 @@ pub fn from_single(text: &str, entry: &str) -> Result<String, Malformed> {
     Ok(format!(
         "{{\"cniVersion\": {version}, \"name\": {name}, \"plugins\": [\n{text},\n{entry}\n]}}\n"
     ))
+}
+
+/// The file that a list of ours says it was made of.
+pub fn made_of(text: &str) -> Option<String> {
+    let list: List<'_> = parse(text).ok()?;
+    let plugins = list.plugins.unwrap_or_default().into_iter();
+    let mut plugins = plugins.filter_map(|raw| parse::<Plugin>(raw.get()).ok());
+    plugins
+        .find(|plugin| plugin.kind.as_deref() == Some(PLUGIN))?
+        .made_of
 }
 
 /// The programs that a list needs, ours left out.
@@ -194,6 +206,15 @@ fn chainable(version: Option<String>) -> Result<String, Malformed> {
     }
 }
 
+/// What calls ours, or has a copy of it inside, would be called by ours in turn.
+fn leads_on(text: &str) -> Result<(), Malformed> {
+    if text.contains(PLUGIN) || text.contains(LIST) {
+        Err(Malformed::Circle)
+    } else {
+        Ok(())
+    }
+}
+
 /// The white space before a plugin.
 fn before(text: &str, at: &Range<usize>) -> Option<String> {
     let before = &text[..at.start];
@@ -227,20 +248,20 @@ mod tests {
     }
 
     #[test]
-    fn what_is_put_in_and_taken_out_leaves_every_byte_as_it_was() {
+    fn a_list_becomes_one_that_differs_by_our_entry_at_its_end_alone() {
         for list in [
             FLANNEL,
             r#"{"cniVersion":"1.0.0","name":"a","plugins":[{"type":"bridge"}]}"#,
             r#"{"plugins" : [ {"type":"bridge"} , {"type":"portmap"} ],"cniVersion":"1.1.0"}"#,
             "{\"cniVersion\":\"1.0.0\",\"plugins\":[\n\t{\"type\":\"bridge\"}\n]}",
         ] {
-            let with = with_entry(list, ENTRY).unwrap().unwrap();
+            let with = from_list(list, ENTRY).unwrap();
             assert_eq!(places(&with).unwrap().last().unwrap().kind, PLUGIN);
             assert_eq!(others(&with), others(list));
-            assert_eq!(with_entry(&with, ENTRY).unwrap(), None, "{with}");
+            assert_eq!(from_list(&with, ENTRY).unwrap(), with);
             assert_eq!(without_entry(&with).unwrap().as_deref(), Some(list));
         }
-        let with = with_entry(FLANNEL, ENTRY).unwrap().unwrap();
+        let with = from_list(FLANNEL, ENTRY).unwrap();
         assert!(
             with.contains(&format!("    }},\n    {ENTRY}\n  ]")),
             "{with}"
@@ -248,37 +269,25 @@ mod tests {
     }
 
     #[test]
-    fn what_others_have_changed_meanwhile_stays_changed() {
-        let with = with_entry(FLANNEL, ENTRY).unwrap().unwrap();
-        let changed = with
-            .replace("\"isDefaultGateway\": true", "\"mtu\": 1400")
-            .replace("\n  ]\n", ",\n    {\"type\": \"bandwidth\"}\n  ]\n");
-        let without = without_entry(&changed).unwrap().unwrap();
-        assert_eq!(others(&without), ["flannel", "portmap", "bandwidth"]);
-        assert!(without.contains("\"mtu\": 1400"));
-        // And it is put back behind what was added.
-        let again = with_entry(&changed, ENTRY).unwrap().unwrap();
-        assert_eq!(places(&again).unwrap().last().unwrap().kind, PLUGIN);
-        assert_eq!(again.matches(PLUGIN).count(), 1);
-    }
-
-    #[test]
-    fn entries_of_other_builds_and_doubles_become_one() {
+    fn entries_of_ours_that_somebody_has_copied_become_one() {
         let old = r#"{"type":"picomesh-cni","runDir":"/run/old"}"#;
         let doubled = format!(
             r#"{{"cniVersion":"1.0.0","plugins":[{old},{{"type":"bridge"}},{ENTRY},{old}]}}"#
         );
-        let with = with_entry(&doubled, ENTRY).unwrap().unwrap();
         assert_eq!(
-            with,
+            from_list(&doubled, ENTRY).unwrap(),
             format!(r#"{{"cniVersion":"1.0.0","plugins":[{{"type":"bridge"}}, {ENTRY}]}}"#)
         );
-        let without = without_entry(&doubled).unwrap().unwrap();
-        assert_eq!(
-            without,
-            r#"{"cniVersion":"1.0.0","plugins":[{"type":"bridge"}]}"#
-        );
-        assert_eq!(without_entry(&without).unwrap(), None);
+    }
+
+    #[test]
+    fn a_list_of_ours_says_what_it_was_made_of() {
+        let entry = r#"{"type":"picomesh-cni","madeOf":"10-a.conflist"}"#;
+        let list = from_list(FLANNEL, entry).unwrap();
+        assert_eq!(made_of(&list).as_deref(), Some("10-a.conflist"));
+        for other in [FLANNEL, "", "[]", &list.replace("madeOf", "x")] {
+            assert_eq!(made_of(other), None, "{other}");
+        }
     }
 
     #[test]
@@ -286,7 +295,7 @@ mod tests {
         let single = "{\"cniVersion\":\"0.4.0\",\"name\":\"my\\\"net\",\"type\":\"bridge\"}\n";
         let list = from_single(single, ENTRY).unwrap();
         assert_eq!(others(&list), ["bridge"]);
-        assert_eq!(with_entry(&list, ENTRY).unwrap(), None, "{list}");
+        assert_eq!(from_list(&list, ENTRY).unwrap(), list);
         let value: serde_json::Value = serde_json::from_str(&list).unwrap();
         assert_eq!(value["name"], "my\"net");
         assert_eq!(value["cniVersion"], "0.4.0");
@@ -295,7 +304,7 @@ mod tests {
 
     #[test]
     fn what_the_runtime_could_not_read_either_is_refused() {
-        let refused = |text: &str| with_entry(text, ENTRY).unwrap_err();
+        let refused = |text: &str| from_list(text, ENTRY).unwrap_err();
         assert!(matches!(refused(""), Malformed::Garbage(_)));
         assert!(matches!(refused("{\"plugins\":"), Malformed::Garbage(_)));
         assert!(matches!(refused("[]"), Malformed::Garbage(_)));
@@ -323,9 +332,15 @@ mod tests {
             assert!(why.to_string().contains("0.4.0, 1.0.0, 1.1.0"), "{why}");
             let single = format!(r#"{{"cniVersion":{other},"type":"a"}}"#);
             assert_eq!(from_single(&single, ENTRY), Err(why), "{other}");
-            // What an agent before has put in is taken out all the same.
-            let with = format!(r#"{{"cniVersion":{other},"plugins":[{{"type":"a"}},{ENTRY}]}}"#);
-            assert_eq!(without_entry(&with), Ok(Some(list)));
+        }
+        for back in [
+            "\"x\":[{\"type\":\"picomesh-cni\"}]",
+            "\"x\":\"/etc/00-picomesh.conflist\"",
+        ] {
+            let meta = format!(r#"{{"cniVersion":"1.0.0","type":"meta",{back}}}"#);
+            assert_eq!(from_single(&meta, ENTRY), Err(Malformed::Circle));
+            let list = format!(r#"{{"cniVersion":"1.0.0","plugins":[{meta}]}}"#);
+            assert_eq!(refused(&list), Malformed::Circle);
         }
         let many = vec![r#"{"type":"a"}"#; MAX_PLUGINS + 1].join(",");
         let many = format!(r#"{{"cniVersion":"1.0.0","plugins":[{many}]}}"#);

@@ -1,11 +1,11 @@
-//! Files of the node: found below the agent's view of it, read with bounds, replaced in one step.
+//! Files of the node: found below the agent's view of it, read with bounds, put there in one step.
 
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Read, Write},
     os::{
         fd::{AsRawFd, OwnedFd},
-        unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown},
+        unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt},
     },
     path::{Path, PathBuf},
 };
@@ -65,11 +65,15 @@ impl Dir {
         fs::symlink_metadata(self.at().join(name)).is_ok()
     }
 
-    /// Names of what is in it, in order; at most so many.
+    /// Names of what is in it and is no directory, in order; at most so many are looked at.
     pub(super) fn names(&self, most: usize) -> io::Result<Vec<String>> {
         let mut names = Vec::new();
         for entry in fs::read_dir(self.at())?.take(most) {
-            if let Ok(name) = entry?.file_name().into_string() {
+            let entry = entry?;
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                continue;
+            }
+            if let Ok(name) = entry.file_name().into_string() {
                 names.push(name);
             }
         }
@@ -77,53 +81,18 @@ impl Dir {
         Ok(names)
     }
 
-    /// An ordinary file; a link is none, because what replaces it would not be one.
+    /// An ordinary file of ours; a link is none, because what replaces it would not be one.
     pub(super) fn read(&self, name: &str, longest: usize) -> io::Result<Text> {
         let file = OpenOptions::new()
             .read(true)
             .custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed())
             .open(self.at().join(name))?;
-        let found = file.metadata()?;
-        if !found.is_file() {
-            return Err(io::Error::other("is no ordinary file; replace it by one"));
-        }
-        let mut bytes = Vec::new();
-        file.take(longest as u64 + 1).read_to_end(&mut bytes)?;
-        if bytes.len() > longest {
-            return Err(io::Error::other(format!("has more than {longest} bytes")));
-        }
-        Ok(Text {
-            bytes,
-            version: version_of(&found),
-            mode: found.mode() & 0o7777,
-            owner: (found.uid(), found.gid()),
-        })
-    }
-
-    /// In one step, if the file is still the one that was read (`before`; `None`: there was none).
-    /// False: somebody else has changed it meanwhile.
-    pub(super) fn replace(
-        &self,
-        name: &str,
-        before: Option<&Text>,
-        new: &[u8],
-    ) -> io::Result<bool> {
-        let (mode, owner) = before.map_or((0o644, None), |text| (text.mode, Some(text.owner)));
-        let waiting = self.prepare(name, new, mode, owner)?;
-        let place = self.at().join(name);
-        let there = fs::symlink_metadata(&place).ok();
-        if there.as_ref().map(version_of) != before.map(|text| text.version) {
-            fs::remove_file(waiting)?;
-            return Ok(false);
-        }
-        fs::rename(waiting, place)?;
-        self.sync()?;
-        Ok(true)
+        Text::read(file, longest)
     }
 
     /// In one step, whatever is there.
     pub(super) fn put(&self, name: &str, new: &[u8], mode: u32) -> io::Result<()> {
-        let waiting = self.prepare(name, new, mode, None)?;
+        let waiting = self.prepare(name, new, mode)?;
         fs::rename(waiting, self.at().join(name))?;
         self.sync()
     }
@@ -142,13 +111,7 @@ impl Dir {
         self.remove(&waiting(name)).map(drop)
     }
 
-    fn prepare(
-        &self,
-        name: &str,
-        new: &[u8],
-        mode: u32,
-        owner: Option<(u32, u32)>,
-    ) -> io::Result<PathBuf> {
+    fn prepare(&self, name: &str, new: &[u8], mode: u32) -> io::Result<PathBuf> {
         self.tidy(name)?;
         let path = self.at().join(waiting(name));
         let mut file = OpenOptions::new()
@@ -157,12 +120,6 @@ impl Dir {
             .mode(0o600)
             .open(&path)?;
         file.write_all(new)?;
-        if let Some((user, group)) = owner {
-            let found = file.metadata()?;
-            if (found.uid(), found.gid()) != (user, group) {
-                or_denied(fchown(&file, Some(user), Some(group)))?;
-            }
-        }
         file.set_permissions(fs::Permissions::from_mode(mode))?;
         file.sync_all()?;
         Ok(path)
@@ -174,55 +131,50 @@ impl Dir {
     }
 }
 
-/// Without CAP_CHOWN the file becomes ours. Whoever reads it is root, or may by its mode.
-fn or_denied(chown: io::Result<()>) -> io::Result<()> {
-    match chown {
-        Err(error) if error.raw_os_error() == Some(rustix::io::Errno::PERM.raw_os_error()) => {
-            Ok(())
-        }
-        done => done,
-    }
-}
-
 /// What a file held when it was read.
 pub(super) struct Text {
     pub(super) bytes: Vec<u8>,
-    version: Version,
     pub(super) mode: u32,
-    owner: (u32, u32),
 }
 
-/// Changes with every write: inode, length, time of the last change.
-type Version = (u64, u64, i64, i64);
-
-fn version_of(found: &fs::Metadata) -> Version {
-    let time = (found.ctime(), found.ctime_nsec());
-    (found.ino(), found.len(), time.0, time.1)
+impl Text {
+    fn read(file: File, longest: usize) -> io::Result<Self> {
+        let found = file.metadata()?;
+        if !found.is_file() {
+            return Err(io::Error::other("is no ordinary file; replace it by one"));
+        }
+        let mut bytes = Vec::new();
+        file.take(longest as u64 + 1).read_to_end(&mut bytes)?;
+        if bytes.len() > longest {
+            return Err(io::Error::other(format!("has more than {longest} bytes")));
+        }
+        let mode = found.mode() & 0o7777;
+        Ok(Self { bytes, mode })
+    }
 }
 
 fn waiting(name: &str) -> String {
     format!(".{name}{NEW}")
 }
 
-/// Does `word` stand in the file that `path` leads to on the node? Links are followed, as a runtime
-/// would; what is no file, or is not there, says nothing.
+/// What `path` leads to on the node. Links are followed, as a runtime would.
+pub(super) fn read_as_node(root: &Path, path: &Path, longest: usize) -> io::Result<Text> {
+    Text::read(open_as_node(root, path)?, longest)
+}
+
+/// Does `word` stand in the file that `path` leads to on the node? What is no file, or is not there,
+/// says nothing.
 pub(super) fn mentions(root: &Path, path: &Path, word: &str, longest: usize) -> io::Result<bool> {
-    let root = open(
-        root,
-        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-        Mode::empty(),
-    )?;
-    let opened = openat2(
-        root,
-        path,
-        OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC,
-        Mode::empty(),
-        ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS,
-    );
-    let file = match opened {
-        Ok(file) => File::from(file),
-        Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => return Ok(false),
-        Err(error) => return Err(error.into()),
+    let file = match open_as_node(root, path) {
+        Ok(file) => file,
+        Err(error) => {
+            let gone = [io::ErrorKind::NotFound, io::ErrorKind::NotADirectory];
+            return if gone.contains(&error.kind()) {
+                Ok(false)
+            } else {
+                Err(error)
+            };
+        }
     };
     if !file.metadata()?.is_file() {
         return Ok(false);
@@ -237,6 +189,22 @@ pub(super) fn mentions(root: &Path, path: &Path, word: &str, longest: usize) -> 
         return Err(io::Error::other(format!("has more than {longest} bytes")));
     }
     Ok(false)
+}
+
+fn open_as_node(root: &Path, path: &Path) -> io::Result<File> {
+    let root = open(
+        root,
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?;
+    let opened = openat2(
+        root,
+        path,
+        OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC,
+        Mode::empty(),
+        ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS,
+    );
+    Ok(File::from(opened?))
 }
 
 /// A program of ours, to be copied.
@@ -277,28 +245,18 @@ mod tests {
     }
 
     #[test]
-    fn a_file_is_replaced_with_its_mode_unless_somebody_was_quicker() {
+    fn what_is_put_there_has_its_mode_and_replaces_what_was() {
         let root = tempfile::tempdir().unwrap();
         let dir = Dir::open(root.path(), Path::new("/")).unwrap().unwrap();
-        let path = root.path().join("a.conflist");
-        fs::write(&path, "one").unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
-        let read = dir.read("a.conflist", 16).unwrap();
-        assert!(dir.replace("a.conflist", Some(&read), b"two").unwrap());
-        assert_eq!(fs::read(&path).unwrap(), b"two");
-        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o640);
-        // What was read is not what is there any more.
-        assert!(!dir.replace("a.conflist", Some(&read), b"three").unwrap());
-        assert!(!dir.replace("a.conflist", None, b"three").unwrap());
-        assert_eq!(fs::read(&path).unwrap(), b"two");
+        // Of an agent that was killed over it.
+        fs::write(root.path().join(waiting("a.conflist")), "half").unwrap();
+        fs::create_dir(root.path().join("b.conflist")).unwrap();
+        for (text, mode) in [("one", 0o600), ("two", 0o640)] {
+            dir.put("a.conflist", text.as_bytes(), mode).unwrap();
+            let read = dir.read("a.conflist", 16).unwrap();
+            assert_eq!((&read.bytes[..], read.mode), (text.as_bytes(), mode));
+        }
         assert_eq!(dir.names(10).unwrap(), ["a.conflist"]);
-    }
-
-    #[test]
-    fn a_file_whose_owner_we_may_not_name_is_written_all_the_same() {
-        let failed = |errno: rustix::io::Errno| Err(errno.into());
-        or_denied(failed(rustix::io::Errno::PERM)).unwrap();
-        or_denied(failed(rustix::io::Errno::ROFS)).unwrap_err();
     }
 
     #[test]
@@ -312,5 +270,10 @@ mod tests {
         assert!(dir.read("dir", 16).is_err());
         assert!(dir.read("file", 4).is_err());
         assert_eq!(dir.read("file", 5).unwrap().bytes, b"12345");
+        // Of somebody else's a link is as good as the file.
+        let as_node = |path: &str, most| read_as_node(root.path(), Path::new(path), most);
+        assert_eq!(as_node("/link", 5).unwrap().bytes, b"12345");
+        assert!(as_node("/link", 4).is_err());
+        assert!(as_node("/dir", 16).is_err());
     }
 }

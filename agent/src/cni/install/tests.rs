@@ -1,9 +1,6 @@
 //! The installer on directories like those of a node.
 
-use std::{
-    os::unix::fs::{MetadataExt, PermissionsExt, symlink},
-    time::Instant,
-};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 
 use super::*;
 
@@ -16,6 +13,9 @@ const FLANNEL: &str = r#"{
   ]
 }
 "#;
+const NET_D: &str = "/etc/cni/net.d";
+const ORIGINAL: &str = "/etc/cni/net.d/10-flannel.conflist";
+const OURS: &str = "/etc/cni/net.d/00-picomesh.conflist";
 const BRIDGE: &str = "{\"cniVersion\":\"0.4.0\",\"name\":\"net\",\"type\":\"bridge\"}";
 
 struct Node {
@@ -33,7 +33,7 @@ impl Node {
     fn kubeadm() -> Self {
         let node = Self::new();
         node.file("/opt/cni/bin/flannel", "");
-        node.file("/etc/cni/net.d/10-flannel.conflist", FLANNEL);
+        node.file(ORIGINAL, FLANNEL);
         node
     }
 
@@ -49,6 +49,28 @@ impl Node {
 
     fn read(&self, path: &str) -> String {
         fs::read_to_string(self.path(path)).unwrap()
+    }
+
+    /// What the runtime would use.
+    fn first(&self) -> Option<String> {
+        let entries = fs::read_dir(self.path(NET_D)).unwrap();
+        let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        names.filter(|name| is_configuration(name)).min()
+    }
+
+    fn remove_file(&self, path: &str) {
+        fs::remove_file(self.path(path)).unwrap();
+    }
+
+    /// Is ours made of what is in that file now?
+    fn follows(&self, name: &str) -> bool {
+        let (ours, original) = (self.read(OURS), self.read(&format!("{NET_D}/{name}")));
+        let kinds = |text: &str| {
+            conflist::programs(text).or_else(|_| conflist::program(text).map(|only| vec![only]))
+        };
+        conflist::made_of(&ours).as_deref() == Some(name)
+            && kinds(&ours) == kinds(&original)
+            && original.lines().take(4).all(|line| ours.contains(line))
     }
 
     fn settings(&self) -> InstallSettings {
@@ -67,7 +89,7 @@ impl Node {
     }
 
     fn installed(&self) -> (String, String) {
-        match self.installer().ensure().unwrap().0 {
+        match self.installer().ensure().unwrap().now {
             Installed::At {
                 configuration,
                 program,
@@ -150,9 +172,10 @@ fn the_directories_of_each_distribution_are_found() {
         let (configuration, program) = node.installed();
         assert_eq!(
             configuration,
-            format!("{conf}/10-flannel.conflist"),
+            format!("{conf}/00-picomesh.conflist"),
             "{name}"
         );
+        assert_eq!(node.read(&format!("{conf}/10-flannel.conflist")), FLANNEL);
         assert_eq!(program, format!("{bin}/picomesh-cni"), "{name}");
     }
 }
@@ -160,13 +183,17 @@ fn the_directories_of_each_distribution_are_found() {
 #[test]
 fn what_is_installed_is_complete_and_removed_without_a_trace() {
     let node = Node::kubeadm();
-    let conf = node.path("/etc/cni/net.d/10-flannel.conflist");
+    let conf = node.path(ORIGINAL);
     fs::set_permissions(&conf, fs::Permissions::from_mode(0o600)).unwrap();
     let before = node.everything();
     let installer = node.installer();
-    assert_eq!(installer.ensure().unwrap().1.len(), 2);
-    let list: serde_json::Value =
-        serde_json::from_str(&node.read("/etc/cni/net.d/10-flannel.conflist")).unwrap();
+    assert_eq!(installer.ensure().unwrap().written.len(), 2);
+    assert_eq!(node.first().as_deref(), Some(LIST));
+    let list: serde_json::Value = serde_json::from_str(&node.read(OURS)).unwrap();
+    let original: serde_json::Value = serde_json::from_str(FLANNEL).unwrap();
+    // What the network plugin keeps of pods, it finds again.
+    assert_eq!(list["name"], original["name"]);
+    assert_eq!(list["plugins"][1], original["plugins"][1]);
     let entry = &list["plugins"][2];
     assert_eq!(entry["type"], "picomesh-cni");
     assert_eq!(
@@ -175,12 +202,14 @@ fn what_is_installed_is_complete_and_removed_without_a_trace() {
     );
     assert_eq!(entry["runDir"], "/run/picomesh");
     assert_eq!(entry["intent"], "/var/lib/picomesh/cni.json");
+    let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o777;
+    assert_eq!(mode(&node.path(OURS)), 0o600);
     let program = node.path("/opt/cni/bin/picomesh-cni");
     assert_eq!(fs::read(&program).unwrap(), b"the plugin");
-    assert_eq!(fs::metadata(&program).unwrap().mode() & 0o777, 0o755);
+    assert_eq!(mode(&program), 0o755);
     assert_eq!(
-        installer.ensure().unwrap().1,
-        [""; 0].map(PathBuf::from),
+        installer.ensure().unwrap().written.len(),
+        0,
         "nothing to do"
     );
 
@@ -194,77 +223,192 @@ fn what_is_installed_is_complete_and_removed_without_a_trace() {
 }
 
 #[test]
+fn nobody_elses_file_is_ever_written() {
+    let node = Node::kubeadm();
+    node.file("/etc/cni/net.d/20-net.conf", BRIDGE);
+    let inodes = || {
+        ["10-flannel.conflist", "20-net.conf"].map(|name| {
+            let found = fs::metadata(node.path(&format!("{NET_D}/{name}"))).unwrap();
+            (found.ino(), found.ctime(), found.ctime_nsec())
+        })
+    };
+    let before = inodes();
+    node.installed();
+    node.remove_file(OURS);
+    node.installed();
+    node.installer().remove();
+    assert_eq!(inodes(), before);
+}
+
+#[test]
+fn a_network_plugin_that_writes_its_list_anew_does_not_open_the_node() {
+    let node = Node::kubeadm();
+    node.installed();
+    // No agent is there yet, and the runtime starts pods by what it finds.
+    node.file(ORIGINAL, &FLANNEL.replace("cbr0", "anew"));
+    assert_eq!(node.first().as_deref(), Some(LIST));
+    assert!(node.read(OURS).contains(PLUGIN));
+    // It is, and ours follows.
+    node.installed();
+    assert!(node.follows("10-flannel.conflist"));
+    assert!(node.read(OURS).contains("anew"));
+}
+
+#[test]
 fn a_new_build_replaces_the_program_and_its_entry() {
     let node = Node::kubeadm();
     node.installed();
     fs::write(node.path("/plugin-of-the-image"), "the plugin, better").unwrap();
     let mut settings = node.settings();
     settings.run_dir = "/run/other".into();
-    let (_, written) = Installer::new(settings).ensure().unwrap();
-    assert_eq!(written.len(), 2);
+    let done = Installer::new(settings).ensure().unwrap();
+    assert_eq!(done.written.len(), 2);
     assert_eq!(node.read("/opt/cni/bin/picomesh-cni"), "the plugin, better");
-    let list = node.read("/etc/cni/net.d/10-flannel.conflist");
+    let list = node.read(OURS);
     assert_eq!(list.matches("picomesh-cni").count(), 1, "{list}");
     assert!(list.contains("/run/other"));
 }
 
 #[test]
-fn a_single_configuration_gets_a_list_that_comes_first_and_stays_as_it_is() {
+fn a_single_configuration_gets_a_list_that_follows_it() {
     let node = Node::new();
     node.file("/opt/cni/bin/bridge", "");
     node.file("/etc/cni/net.d/10-net.conf", BRIDGE);
     node.file("/etc/cni/net.d/README", "no configuration");
     let before = node.everything();
-    let (configuration, _) = node.installed();
-    assert_eq!(configuration, "/etc/cni/net.d/10-net-picomesh.conflist");
-    let names = fs::read_dir(node.path("/etc/cni/net.d")).unwrap();
-    let names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap());
-    let first = names.filter(|name| is_configuration(name)).min();
-    assert_eq!(first.as_deref(), Some("10-net-picomesh.conflist"));
-    assert_eq!(node.read("/etc/cni/net.d/10-net.conf"), BRIDGE);
+    assert_eq!(node.installed().0, OURS);
+    assert_eq!(node.first().as_deref(), Some(LIST));
+    assert!(node.follows("10-net.conf"));
 
     // Whoever writes the configuration anew finds it in the list.
-    node.file(
-        "/etc/cni/net.d/10-net.conf",
-        &BRIDGE.replace("net", "other"),
-    );
+    let other = BRIDGE.replace("net", "other");
+    node.file("/etc/cni/net.d/10-net.conf", &other);
     node.installed();
-    assert!(
-        node.read("/etc/cni/net.d/10-net-picomesh.conflist")
-            .contains("other")
-    );
+    assert!(node.read(OURS).contains("other"));
     node.file("/etc/cni/net.d/10-net.conf", BRIDGE);
 
-    // A list of somebody else's takes its place; ours goes.
+    // A list of somebody else's takes its place.
     node.file("/etc/cni/net.d/05-net.conflist", FLANNEL);
     node.file("/opt/cni/bin/flannel", "");
     node.installed();
-    assert!(
-        !node
-            .path("/etc/cni/net.d/10-net-picomesh.conflist")
-            .exists()
-    );
-    fs::remove_file(node.path("/etc/cni/net.d/05-net.conflist")).unwrap();
-    fs::remove_file(node.path("/opt/cni/bin/flannel")).unwrap();
+    assert!(node.follows("05-net.conflist"));
+    node.remove_file("/etc/cni/net.d/05-net.conflist");
+    node.remove_file("/opt/cni/bin/flannel");
     node.installed();
+    assert!(node.follows("10-net.conf"));
     node.installer().remove();
     assert_eq!(node.everything(), before);
 }
 
 #[test]
-fn a_list_goes_with_the_configuration_that_it_was_made_of() {
-    let node = Node::new();
-    node.file("/opt/cni/bin/bridge", "");
-    node.file("/etc/cni/net.d/10-net.conf", BRIDGE);
+fn a_list_goes_with_what_it_was_made_of() {
+    let broken = "/etc/cni/net.d/20-broken.conflist";
+    for also in [None, Some(broken)] {
+        let node = Node::kubeadm();
+        node.installed();
+        if let Some(path) = also {
+            node.file(path, "{");
+        }
+        node.remove_file(ORIGINAL);
+        let done = node.installer().ensure();
+        match also {
+            None => {
+                let done = done.unwrap();
+                assert_eq!((done.now, done.written.len()), (Installed::NoNetwork, 1));
+            }
+            Some(path) => assert!(done.unwrap_err().to_string().contains(path)),
+        }
+        assert!(!node.path(OURS).exists(), "{also:?}");
+    }
+}
+
+#[test]
+fn a_list_stays_while_its_original_is_half_written() {
+    let node = Node::kubeadm();
     node.installed();
-    fs::remove_file(node.path("/etc/cni/net.d/10-net.conf")).unwrap();
-    let (now, written) = node.installer().ensure().unwrap();
-    assert_eq!((now, written.len()), (Installed::NoNetwork, 1));
-    assert!(
-        !node
-            .path("/etc/cni/net.d/10-net-picomesh.conflist")
-            .exists()
+    let ours = node.read(OURS);
+    for half in ["", &FLANNEL[..FLANNEL.len() / 2]] {
+        node.file(ORIGINAL, half);
+        let error = node.installer().ensure().unwrap_err().to_string();
+        assert!(error.contains(ORIGINAL), "{error}");
+        assert_eq!(node.read(OURS), ours);
+    }
+    // What somebody has damaged, and nothing could be made anew of, would keep every pod from starting.
+    node.file(OURS, "{");
+    node.installer().ensure().unwrap_err();
+    assert!(!node.path(OURS).exists());
+}
+
+#[test]
+fn a_list_where_the_network_is_no_longer_goes() {
+    let node = Node::kubeadm();
+    node.installed();
+    let k3s = "/var/lib/rancher/k3s";
+    node.file(
+        &format!("{k3s}/agent/etc/cni/net.d/10-flannel.conflist"),
+        FLANNEL,
     );
+    node.file(&format!("{k3s}/data/cni/flannel"), "");
+    let (configuration, _) = node.installed();
+    assert!(configuration.starts_with(k3s), "{configuration}");
+    assert!(!node.path(OURS).exists());
+}
+
+#[test]
+fn ours_comes_before_those_of_network_plugins() {
+    for name in [
+        "01-kube-ovn.conflist",
+        "02-istio-conf.conflist",
+        "05-cilium.conflist",
+        "1-k8s.conflist",
+        "10-flannel.conflist",
+        "10-kindnet.conflist",
+        "87-podman-bridge.conflist",
+    ] {
+        let node = Node::new();
+        node.file("/opt/cni/bin/flannel", "");
+        node.file(&format!("{NET_D}/{name}"), FLANNEL);
+        node.installed();
+        assert_eq!(node.first().as_deref(), Some(LIST), "{name}");
+    }
+}
+
+#[test]
+fn what_comes_before_ours_must_lead_to_it() {
+    let node = Node::kubeadm();
+    let multus = "/etc/cni/net.d/00-multus.conf";
+    let delegating = |to: &str| {
+        format!(r#"{{"cniVersion":"0.3.1","name":"m","type":"multus","delegates":[{to}]}}"#)
+    };
+    node.file(multus, &delegating(FLANNEL));
+    let done = node.installer().ensure().unwrap();
+    let told = |done: &Ensured| match &done.now {
+        Installed::Failed(why) => why.contains(multus) && why.contains("--multus-master"),
+        Installed::No | Installed::NoNetwork | Installed::At { .. } => false,
+    };
+    assert!(told(&done), "{done:?}");
+    // Ours is there for whoever looks for the first that is not his own.
+    assert!(node.follows("10-flannel.conflist"));
+
+    let by_name = r#"{"cniVersion":"0.3.1","name":"m","type":"multus-shim",
+        "clusterNetwork":"/etc/cni/net.d/00-picomesh.conflist"}"#;
+    for leading in [delegating(&node.read(OURS)), by_name.to_owned()] {
+        node.file(multus, &leading);
+        let (ours, written) = (node.read(OURS), node.installer().ensure().unwrap());
+        assert!(matches!(written.now, Installed::At { .. }), "{written:?}");
+        assert_eq!(
+            node.read(OURS),
+            ours,
+            "it does not take in what has taken it in"
+        );
+    }
+    // And if what all that leads to is gone, ours does not pretend.
+    node.remove_file(ORIGINAL);
+    assert_eq!(node.installer().ensure().unwrap().now, Installed::NoNetwork);
+    assert!(!node.path(OURS).exists());
+    node.file(multus, &delegating(FLANNEL));
+    let error = node.installer().ensure().unwrap_err().to_string();
+    assert!(error.contains(multus), "{error}");
 }
 
 #[test]
@@ -274,21 +418,6 @@ fn a_directory_that_is_not_roots_is_told_with_the_remedy() {
     assert!(
         told.contains("/opt/cni/bin/x") && told.contains("DAC_OVERRIDE"),
         "{told}"
-    );
-}
-
-#[test]
-fn when_another_list_comes_first_the_entry_moves_there() {
-    let node = Node::kubeadm();
-    node.installed();
-    let other = FLANNEL.replace("cbr0", "newer");
-    node.file("/etc/cni/net.d/05-newer.conflist", &other);
-    let (configuration, _) = node.installed();
-    assert_eq!(configuration, "/etc/cni/net.d/05-newer.conflist");
-    assert_eq!(node.read("/etc/cni/net.d/10-flannel.conflist"), FLANNEL);
-    assert!(
-        node.read("/etc/cni/net.d/05-newer.conflist")
-            .contains("picomesh-cni")
     );
 }
 
@@ -311,19 +440,15 @@ fn what_cannot_be_read_is_reported_and_left_alone() {
     ] {
         let node = Node::kubeadm();
         // It comes first, so the runtime fails at it too.
-        node.file("/etc/cni/net.d/00-broken.conflist", text);
+        node.file("/etc/cni/net.d/05-broken.conflist", text);
         let before = node.everything();
         let error = node.installer().ensure().unwrap_err().to_string();
         assert!(
-            error.contains("/etc/cni/net.d/00-broken.conflist"),
+            error.contains("/etc/cni/net.d/05-broken.conflist"),
             "{error}"
         );
         assert!(error.contains(word), "{error}");
-        let ours: Vec<_> = node.everything();
-        let without_program = |(path, ..): &&(PathBuf, u32, Vec<u8>)| {
-            path.file_name().is_none_or(|name| name != PLUGIN)
-        };
-        assert!(before.iter().eq(ours.iter().filter(without_program)));
+        assert_eq!(node.everything(), before);
     }
 }
 
@@ -357,40 +482,24 @@ fn what_the_plugin_needs_stays_while_a_configuration_names_it() {
 #[test]
 fn a_version_that_the_plugin_does_not_know_is_left_without_it() {
     let node = Node::kubeadm();
-    let conf = "/etc/cni/net.d/10-flannel.conflist";
-    let newer = FLANNEL.replace("0.3.1", "1.2.0");
-    node.file(conf, &newer);
-    let before = node.everything();
-    let error = node.installer().ensure().unwrap_err().to_string();
-    assert!(error.contains("\"1.2.0\""), "{error}");
-    assert_eq!(node.everything(), before);
-
-    // Somebody has changed the version below our entry.
-    node.file(conf, FLANNEL);
-    node.installed();
     for version in ["1.2.0", "0.2.0"] {
-        let with = node.read(conf).replace("0.3.1", version);
-        assert!(with.contains(PLUGIN));
-        node.file(conf, &with);
-        node.installer().ensure().unwrap_err();
-        assert_eq!(node.read(conf), FLANNEL.replace("0.3.1", version));
-        // And at the end the same, where no agent had looked in between.
-        node.file(conf, &with);
-        assert!(node.installer().remove().unplugged);
-        assert_eq!(node.read(conf), FLANNEL.replace("0.3.1", version));
-        node.file(conf, FLANNEL);
+        // The network plugin's own change; the runtime must go by it, and not by what was.
         node.installed();
+        node.file(ORIGINAL, &FLANNEL.replace("0.3.1", version));
+        let error = node.installer().ensure().unwrap_err().to_string();
+        assert!(error.contains(version), "{error}");
+        assert!(!node.path(OURS).exists());
+        node.file(ORIGINAL, FLANNEL);
     }
+    node.installed();
+    assert!(node.follows("10-flannel.conflist"));
 }
 
 #[test]
 fn a_link_to_a_list_that_names_the_plugin_counts() {
     let node = Node::kubeadm();
     node.installed();
-    node.file(
-        "/elsewhere",
-        &node.read("/etc/cni/net.d/10-flannel.conflist"),
-    );
+    node.file("/elsewhere", &node.read(OURS));
     symlink("/elsewhere", node.path("/etc/cni/net.d/30-link.conflist")).unwrap();
     symlink("/nowhere", node.path("/etc/cni/net.d/40-link.conflist")).unwrap();
     fs::create_dir(node.path("/etc/cni/net.d/50-dir.conf")).unwrap();
@@ -398,33 +507,6 @@ fn a_link_to_a_list_that_names_the_plugin_counts() {
     assert_eq!(removed.problems.len(), 1, "{:?}", removed.problems);
     assert!(removed.problems[0].to_string().contains("30-link"));
     assert!(node.path("/opt/cni/bin/picomesh-cni").exists());
-}
-
-#[test]
-fn a_list_that_somebody_is_changing_is_tried_again() {
-    let node = Node::kubeadm();
-    let before = node.everything();
-    node.installed();
-    let conf = node.path("/etc/cni/net.d/10-flannel.conflist");
-    let mode = fs::metadata(&conf).unwrap().permissions();
-    let busy = Arc::new(AtomicBool::new(true));
-    let changing = {
-        let busy = Arc::clone(&busy);
-        thread::spawn(move || {
-            while busy.load(Ordering::Acquire) {
-                // Between our own removal and renaming it is not there.
-                let _moment = fs::set_permissions(&conf, mode.clone());
-            }
-        })
-    };
-    let installer = node.installer();
-    let removing = thread::spawn(move || installer.remove());
-    thread::sleep(2 * GATHER);
-    busy.store(false, Ordering::Release);
-    changing.join().unwrap();
-    let removed = removing.join().unwrap();
-    assert!(removed.unplugged, "{:?}", removed.problems);
-    assert_eq!(node.everything(), before);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -450,9 +532,9 @@ async fn without_the_plugin_what_an_agent_before_has_put_there_goes() {
 fn a_node_without_network_waits_and_one_without_its_plugins_is_told() {
     let node = Node::new();
     let installed = || node.installer().ensure();
-    assert_eq!(installed().unwrap().0, Installed::NoNetwork);
+    assert_eq!(installed().unwrap().now, Installed::NoNetwork);
     fs::create_dir_all(node.path("/etc/cni/net.d")).unwrap();
-    assert_eq!(installed().unwrap().0, Installed::NoNetwork);
+    assert_eq!(installed().unwrap().now, Installed::NoNetwork);
     node.file("/etc/cni/net.d/10-flannel.conflist", FLANNEL);
     fs::create_dir_all(node.path("/opt/cni/bin")).unwrap();
     let error = installed().unwrap_err().to_string();
@@ -460,7 +542,7 @@ fn a_node_without_network_waits_and_one_without_its_plugins_is_told() {
         error.contains("flannel") && error.contains("/opt/cni/bin"),
         "{error}"
     );
-    assert_eq!(node.read("/etc/cni/net.d/10-flannel.conflist"), FLANNEL);
+    assert!(!node.path(OURS).exists());
     // Whoever names a directory knows why.
     let mut settings = node.settings();
     settings.bin_dir = Some("/opt/cni/bin".into());
@@ -469,32 +551,16 @@ fn a_node_without_network_waits_and_one_without_its_plugins_is_told() {
 }
 
 #[test]
-fn a_configuration_that_is_a_link_is_left_alone() {
+fn a_configuration_that_is_a_link_is_read_where_it_leads_on_the_node() {
     let node = Node::kubeadm();
-    node.file("/elsewhere", FLANNEL);
-    symlink("/elsewhere", node.path("/etc/cni/net.d/00-link.conflist")).unwrap();
+    let link = node.path("/etc/cni/net.d/05-link.conflist");
+    symlink("/elsewhere", &link).unwrap();
     let error = node.installer().ensure().unwrap_err().to_string();
-    assert!(error.contains("00-link.conflist"), "{error}");
-    assert_eq!(node.read("/elsewhere"), FLANNEL);
-}
-
-#[test]
-fn who_puts_back_what_we_replace_is_given_way_more_and_more() {
-    let (mut repairs, mut now) = (Repairs::default(), Instant::now());
-    let written = [PathBuf::from("/etc/cni/net.d/10-flannel.conflist")];
-    let mut rests = Vec::new();
-    for _ in 0..10 {
-        let rest = repairs.rest(&written, now);
-        now += rest.unwrap_or(GATHER);
-        rests.push(rest.map(|rest| rest.as_millis()));
-    }
-    let some = [200, 400, 800, 1600, 3200, 5000, 5000].map(Some);
-    assert_eq!(rests[..REPAIRS], [None; REPAIRS]);
-    assert_eq!(rests[REPAIRS..], some);
-    assert!(repairs.sentence().contains("restores /etc/cni/net.d/10-f"));
-    // Told until a minute is over in which less was done.
-    assert!(repairs.rest(&[], now).is_some());
-    assert_eq!(repairs.rest(&[], now + QUARREL), None);
+    assert!(error.contains("05-link.conflist"), "{error}");
+    node.file("/elsewhere", &FLANNEL.replace("cbr0", "linked"));
+    node.installed();
+    assert!(node.read(OURS).contains("linked"));
+    assert!(fs::symlink_metadata(link).unwrap().is_symlink());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -504,20 +570,37 @@ async fn two_who_each_put_theirs_back_do_it_rarely_and_people_are_told() {
     let (drain, guard) = drain::Drain::new();
     let writes = Arc::new(AtomicBool::new(true));
     let kept = tokio::spawn(Arc::new(node.installer()).keep(writes, told, guard));
-    let conf = "/etc/cni/net.d/10-flannel.conflist";
-    let mut restored = 0;
+    let mut removed = 0;
     let begun = Instant::now();
     while begun.elapsed() < Duration::from_secs(4) {
-        if node.read(conf).contains(PLUGIN) {
-            node.file(conf, FLANNEL);
-            restored += 1;
-        }
+        // As Cilium does.
+        let away = node.path("/etc/cni/net.d/00-picomesh.conflist.cilium_bak");
+        removed += usize::from(fs::rename(node.path(OURS), away).is_ok());
         sleep(Duration::from_millis(5)).await;
     }
-    assert!((4..=9).contains(&restored), "{restored} times in 4 s");
+    assert!((4..=9).contains(&removed), "{removed} times in 4 s");
     let quarrel =
-        |now: &Installed| matches!(now, Installed::Failed(why) if why.contains("restores"));
+        |now: &Installed| matches!(now, Installed::Failed(why) if why.contains("cni.exclusive"));
     assert!(quarrel(&seen.borrow()), "{:?}", *seen.borrow());
+    drain.drain(Duration::from_secs(5)).await;
+    kept.await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_changes_his_own_often_has_no_quarrel_with_us() {
+    let node = Node::kubeadm();
+    let (told, seen) = watch::channel(Installed::No);
+    let (drain, guard) = drain::Drain::new();
+    let writes = Arc::new(AtomicBool::new(true));
+    let kept = tokio::spawn(Arc::new(node.installer()).keep(writes, told, guard));
+    for change in 0..8 {
+        let name = format!("net{change}");
+        node.file(ORIGINAL, &FLANNEL.replace("cbr0", &name));
+        let is_new = || fs::read_to_string(node.path(OURS)).is_ok_and(|ours| ours.contains(&name));
+        let took = until("followed", is_new).await;
+        assert!(took < POLL, "it is told, not polled: {took:?}");
+    }
+    until("told", || matches!(*seen.borrow(), Installed::At { .. })).await;
     drain.drain(Duration::from_secs(5)).await;
     kept.await.unwrap();
 }
@@ -541,23 +624,26 @@ async fn what_another_tool_undoes_is_put_back_soon() {
     let (drain, guard) = drain::Drain::new();
     let writes = Arc::new(AtomicBool::new(true));
     let kept = tokio::spawn(Arc::new(node.installer()).keep(writes, told, guard));
-    let conf = "/etc/cni/net.d/10-flannel.conflist";
-    let has = || node.read(conf).contains("picomesh-cni");
+    let conf = ORIGINAL;
+    let follows = || node.path(OURS).exists() && node.follows("10-flannel.conflist");
     until("told", || *seen.borrow() == Installed::NoNetwork).await;
 
     node.file(conf, FLANNEL);
-    let took = until("the network comes", has).await;
+    let took = until("the network comes", follows).await;
     assert!(took < POLL, "it is told, not polled: {took:?}");
     until("told", || matches!(*seen.borrow(), Installed::At { .. })).await;
 
     node.file(conf, &FLANNEL.replace("cbr0", "anew"));
-    until("written anew", has).await;
-    assert!(node.read(conf).contains("anew"));
-    fs::remove_file(node.path("/opt/cni/bin/picomesh-cni")).unwrap();
+    until("written anew", follows).await;
+    node.remove_file("/opt/cni/bin/picomesh-cni");
     until("removed", || {
         node.path("/opt/cni/bin/picomesh-cni").exists()
     })
     .await;
+    node.remove_file(OURS);
+    until("removed", follows).await;
+    node.file(OURS, FLANNEL);
+    until("overwritten", follows).await;
     node.file(conf, "{");
     until(
         "told",
@@ -565,7 +651,10 @@ async fn what_another_tool_undoes_is_put_back_soon() {
     )
     .await;
     node.file(conf, FLANNEL);
-    until("mended by its owner", has).await;
+    until("mended by its owner", follows).await;
+    node.remove_file(conf);
+    until("the network goes", || !node.path(OURS).exists()).await;
+    until("told", || *seen.borrow() == Installed::NoNetwork).await;
 
     drain.drain(Duration::from_secs(5)).await;
     kept.await.unwrap();

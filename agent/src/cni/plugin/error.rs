@@ -56,7 +56,8 @@ impl Failure {
                  to the mesh ({why}), so it waits for the agent"
             ),
             "the kubelet tries again; see kubectl -n picomesh-system get pods -o wide; a pod with \
-             the annotation picomesh.io/mesh: disabled does not wait",
+             the annotation picomesh.io/mesh: disabled does not wait; if picomesh was removed: \
+             kubectl apply -k deploy/kustomize/cleanup, of its sources",
         )
     }
 

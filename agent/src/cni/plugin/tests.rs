@@ -195,6 +195,10 @@ fn while_the_agent_is_away_meshed_pods_wait_and_others_start_at_once() {
     assert_eq!(value["cniVersion"], "1.0.0");
     let details = value["details"].as_str().unwrap();
     assert!(details.contains("picomesh.io/mesh: disabled"), "{details}");
+    assert!(
+        details.contains("kubectl apply -k deploy/kustomize/cleanup"),
+        "{details}"
+    );
 }
 
 #[test]
