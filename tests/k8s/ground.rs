@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context, Result, anyhow};
 use picomesh_tests::{
     FULL, Netns,
-    cluster::{self, Cluster, Kubectl},
+    cluster::{self, Cluster, Kubectl, NodeSpec},
     requirements, wait,
 };
 use serde_json::{Value, json};
@@ -79,7 +79,9 @@ pub(crate) fn ground() -> Result<Arc<Ground>> {
             }
         }
         None => {
-            let own = Cluster::up(&kubernetes()?, 2, false)?;
+            // The far one starts as a machine does whose system mounts no bpffs.
+            let specs = [NodeSpec::default(), NodeSpec { bpffs: false }];
+            let own = Cluster::up_with(&kubernetes()?, &specs, false)?;
             Ground {
                 kubectl: own.kubectl().clone(),
                 own: Some(own),

@@ -5,6 +5,7 @@
 //! removed; each has a Kubernetes namespace of its own. With KUBECONFIG set they use that cluster
 //! instead, and those that reach into nodes are ignored. `cargo xtask test --tier k8s` gets what is
 //! missing and says where it lies.
+mod bpffs;
 mod ground;
 mod install;
 mod kinds;
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
         pods::TESTS,
         rights::TESTS,
         mesh::TESTS,
+        bpffs::TESTS,
         start::TESTS,
         kinds::TESTS,
         strict::TESTS,

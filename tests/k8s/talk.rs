@@ -117,7 +117,7 @@ pub(crate) fn wait_told(ground: &Ground, node: &str, lines: &[Vec<String>]) -> R
     })
 }
 
-/// The two nodes: the near and the far one.
+/// The two nodes: the near and the far one, which starts without a bpffs.
 pub(crate) fn both(cluster: &Cluster) -> Result<[&Node; 2]> {
     match cluster.nodes() {
         [near, far] => Ok([near, far]),
