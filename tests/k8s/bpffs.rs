@@ -7,7 +7,7 @@ use picomesh_tests::cluster::Node;
 
 use crate::{
     ground::{Need, Test, ground},
-    install::{diagnosis, wait_captured},
+    install::{Part, diagnosis, wait_captured},
     talk::{Scene, both, label},
 };
 
@@ -34,7 +34,7 @@ fn a_node_that_starts_without_one_gets_it_and_its_pods_are_meshed() -> Result<()
         far.name()
     );
 
-    scene.install(&ground)?;
+    scene.install(&ground, Part::All)?;
     label(&scene.space, "enabled")?;
     wait_captured(&ground, 2).with_context(|| diagnosis(&ground))?;
     for node in [near, far] {

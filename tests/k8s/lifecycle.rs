@@ -19,7 +19,7 @@ use picomesh_tests::{
 use crate::{
     ground::{Ground, Need, PATIENCE, Test, full, ground, slowly},
     install::{
-        NAMESPACE, AgentPod, agent_on, diagnosis, log_of, wait_another, wait_captured, wait_installed,
+        NAMESPACE, OwnPod, agent_on, diagnosis, log_of, wait_another, wait_captured, wait_installed,
     },
     talk::{Scene, both, wire},
 };
@@ -218,14 +218,14 @@ fn tries(scene: &Scene) -> Result<Vec<Crowd>> {
         .collect()
 }
 
-fn remove_by_force(ground: &Ground, agent: &AgentPod) -> Result<()> {
+fn remove_by_force(ground: &Ground, agent: &OwnPod) -> Result<()> {
     let how = ["--force", "--grace-period=0", "--wait=false"];
     let args = ["delete", "pod", &agent.name, "-n", NAMESPACE];
     ground.kubectl().run(&[&args[..], &how].concat()).map(drop)
 }
 
 /// SIGKILL to all processes of the agent's pod. Returns how many there were.
-fn end_processes(ground: &Ground, agent: &AgentPod) -> Result<usize> {
+fn end_processes(ground: &Ground, agent: &OwnPod) -> Result<usize> {
     let processes = ground.own()?.processes_of(&agent.uid);
     for pid in &processes {
         // It may be gone already.

@@ -13,6 +13,7 @@ mod leftovers;
 mod lifecycle;
 mod mesh;
 mod netns;
+mod one_by_one;
 mod outage;
 mod pods;
 mod removal;
@@ -45,6 +46,7 @@ fn main() -> ExitCode {
         strict::TESTS,
         netns::TESTS,
         lifecycle::TESTS,
+        one_by_one::TESTS,
         outage::TESTS,
         removal::TESTS,
         leftovers::TESTS,

@@ -22,7 +22,7 @@ use picomesh_tests::{
 
 use crate::{
     ground::{Ground, Need, PATIENCE, Test, full, ground, slowly},
-    install::{NAMESPACE, agent_on, diagnosis, wait_captured, wait_installed},
+    install::{NAMESPACE, agent_on, agent_process, diagnosis, wait_captured, wait_installed},
     talk::{PORT, Scene, both, label, wire},
 };
 
@@ -198,21 +198,6 @@ impl Drop for Outage<'_> {
             eprintln!("{e:#}");
         }
     }
-}
-
-/// The agent itself, of its pod's processes.
-fn agent_process(cluster: &Cluster, uid: &str) -> Result<i32> {
-    let is_agent = |pid: &i32| {
-        let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        let mut words = command.split(|byte| *byte == 0);
-        // Probes run the same program.
-        words
-            .next()
-            .is_some_and(|it| it.ends_with(b"picomesh-agent"))
-            && words.next() == Some(&b"run"[..])
-    };
-    let mut processes = cluster.processes_of(uid).into_iter().filter(is_agent);
-    processes.next().context("the agent does not run")
 }
 
 fn ensure_other(now: i32, former: i32) -> Result<()> {

@@ -139,8 +139,12 @@ pub(crate) struct Scene {
 impl Scene {
     /// The pods are `near` and `far`, and older than the mesh.
     pub(crate) fn new(ground: &Ground, name: &str) -> Result<Self> {
+        Self::with(ground, name, Part::All)
+    }
+
+    pub(crate) fn with(ground: &Ground, name: &str, part: Part) -> Result<Self> {
         let mut scene = Self::without_mesh(ground, name)?;
-        scene.install(ground)?;
+        scene.install(ground, part)?;
         label(&scene.space, "enabled")?;
         wait_captured(ground, 2).with_context(|| diagnosis(ground))?;
         Ok(scene)
@@ -168,8 +172,8 @@ impl Scene {
         })
     }
 
-    pub(crate) fn install(&mut self, ground: &Ground) -> Result<()> {
-        self.installed = Some(Installed::new(ground.kubectl(), Part::All)?);
+    pub(crate) fn install(&mut self, ground: &Ground, part: Part) -> Result<()> {
+        self.installed = Some(Installed::new(ground.kubectl(), part)?);
         wait_installed(ground).with_context(|| diagnosis(ground))
     }
 
