@@ -9,6 +9,7 @@ mod bpffs;
 mod ground;
 mod install;
 mod kinds;
+mod labels;
 mod leftovers;
 mod lifecycle;
 mod mesh;
@@ -40,6 +41,7 @@ fn main() -> ExitCode {
         pods::TESTS,
         rights::TESTS,
         mesh::TESTS,
+        labels::TESTS,
         bpffs::TESTS,
         start::TESTS,
         kinds::TESTS,

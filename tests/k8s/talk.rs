@@ -125,6 +125,23 @@ pub(crate) fn both(cluster: &Cluster) -> Result<[&Node; 2]> {
     }
 }
 
+/// A pod on each node, with an echo server in it.
+fn inhabit(
+    cluster: &Cluster,
+    space: &Namespace,
+) -> Result<([Server; 2], [Netns; 2], [SocketAddr; 2])> {
+    let [near, far] = both(cluster)?;
+    space.pod("near", near.name(), TOOLS, SLEEP)?;
+    space.pod("far", far.name(), TOOLS, SLEEP)?;
+    for pod in ["near", "far"] {
+        space.wait_ready(pod)?;
+    }
+    let pods = [space.netns(cluster, "near")?, space.netns(cluster, "far")?];
+    let at = [space.at("near", PORT)?, space.at("far", PORT)?];
+    let echo = |pod: &Netns| Server::start(pod, PORT, Habit::Echo);
+    Ok(([echo(&pods[0])?, echo(&pods[1])?], pods, at))
+}
+
 /// The mesh installed and a meshed pod on each node, with an echo server in it.
 pub(crate) struct Scene {
     // In the order in which they are to be ended.
@@ -153,23 +170,26 @@ impl Scene {
     pub(crate) fn without_mesh(ground: &Ground, name: &str) -> Result<Self> {
         let cluster = ground.own()?;
         cluster.import_archive(&image()?)?;
-        let [near, far] = both(cluster)?;
         let space = ground.namespace(name)?;
-        space.pod("near", near.name(), TOOLS, SLEEP)?;
-        space.pod("far", far.name(), TOOLS, SLEEP)?;
-        for pod in ["near", "far"] {
-            space.wait_ready(pod)?;
-        }
-        let pods = [space.netns(cluster, "near")?, space.netns(cluster, "far")?];
-        let at = [space.at("near", PORT)?, space.at("far", PORT)?];
-        let echo = |pod: &Netns| Server::start(pod, PORT, Habit::Echo);
+        let (echoes, pods, at) = inhabit(cluster, &space)?;
         Ok(Self {
-            _echoes: [echo(&pods[0])?, echo(&pods[1])?],
+            _echoes: echoes,
             installed: None,
             space,
             pods,
             at,
         })
+    }
+
+    /// The namespace is removed, and made again with pods of the same names. Where `labelled`, they
+    /// are born in the mesh.
+    pub(crate) fn make_again(&mut self, ground: &Ground, labelled: bool) -> Result<()> {
+        self.space.make_again()?;
+        if labelled {
+            label(&self.space, "enabled")?;
+        }
+        (self._echoes, self.pods, self.at) = inhabit(ground.own()?, &self.space)?;
+        Ok(())
     }
 
     pub(crate) fn install(&mut self, ground: &Ground, part: Part) -> Result<()> {
