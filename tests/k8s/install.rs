@@ -4,12 +4,19 @@
 use std::{fs, path::Path};
 
 use anyhow::{Context, Result, ensure};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use picomesh_tests::{
     cluster::{Cluster, Kubectl},
     wait,
 };
 
 use crate::ground::{Ground, PATIENCE, items, slowly};
+
+/// The two that give certificates: the one that decides, and the one that signs.
+pub(crate) const AUTHORITIES: [&str; 2] = ["picomesh-controller", "picomesh-signer"];
 
 /// Where everything of it lives.
 pub(crate) const NAMESPACE: &str = "picomesh-system";
@@ -315,6 +322,38 @@ pub(crate) fn wait_another(ground: &Ground, node: &str, before: &OwnPod) -> Resu
 
 fn ensure_another(agent: &OwnPod, before: &OwnPod) -> Result<()> {
     ensure!(agent.uid != before.uid, "it is still {}", agent.name);
+    Ok(())
+}
+
+/// Returns at once; the API server knows it no more, and its kubelet ends it.
+pub(crate) fn remove_by_force(ground: &Ground, pod: &OwnPod) -> Result<()> {
+    let how = ["--force", "--grace-period=0", "--wait=false"];
+    let args = ["delete", "pod", &pod.name, "-n", NAMESPACE];
+    ground.kubectl().run(&[&args[..], &how].concat()).map(drop)
+}
+
+/// SIGKILL to all processes of the pod. Returns how many there were.
+pub(crate) fn end_processes(ground: &Ground, pod: &OwnPod) -> Result<usize> {
+    let processes = ground.own()?.processes_of(&pod.uid);
+    for pid in &processes {
+        // It may be gone already.
+        let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
+    }
+    Ok(processes.len())
+}
+
+/// So many replicas of one of the [`AUTHORITIES`]. Returns when they are gone, if there are to be none.
+pub(crate) fn scale(ground: &Ground, deployment: &str, replicas: u32) -> Result<()> {
+    let wanted = format!("--replicas={replicas}");
+    let kubectl = ground.kubectl();
+    let args = ["scale", "deployment", deployment, "-n", NAMESPACE, &wanted];
+    kubectl.run(&args)?;
+    if replicas == 0 {
+        let label = format!("-l=app.kubernetes.io/name={deployment}");
+        let timeout = format!("--timeout={}s", wait::patience(PATIENCE).as_secs());
+        let gone = "--for=delete";
+        kubectl.run(&["wait", "pods", "-n", NAMESPACE, gone, &label, &timeout])?;
+    }
     Ok(())
 }
 

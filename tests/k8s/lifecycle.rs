@@ -4,10 +4,6 @@
 use std::{thread, time::Duration};
 
 use anyhow::{Context, Result, ensure};
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
 use picomesh_tests::{
     capture::Capture,
     cluster::{Node, TOOLS},
@@ -19,7 +15,8 @@ use picomesh_tests::{
 use crate::{
     ground::{Ground, Need, PATIENCE, Test, full, ground, slowly},
     install::{
-        NAMESPACE, OwnPod, agent_on, diagnosis, log_of, wait_another, wait_captured, wait_installed,
+        NAMESPACE, agent_on, diagnosis, end_processes, log_of, remove_by_force, wait_another,
+        wait_captured, wait_installed,
     },
     talk::{Scene, both, wire},
 };
@@ -216,22 +213,6 @@ fn tries(scene: &Scene) -> Result<Vec<Crowd>> {
         .map(|(from, to)| Crowd::start(&scene.pods[from], &[scene.at[to]; 4], rarely))
         .into_iter()
         .collect()
-}
-
-fn remove_by_force(ground: &Ground, agent: &OwnPod) -> Result<()> {
-    let how = ["--force", "--grace-period=0", "--wait=false"];
-    let args = ["delete", "pod", &agent.name, "-n", NAMESPACE];
-    ground.kubectl().run(&[&args[..], &how].concat()).map(drop)
-}
-
-/// SIGKILL to all processes of the agent's pod. Returns how many there were.
-fn end_processes(ground: &Ground, agent: &OwnPod) -> Result<usize> {
-    let processes = ground.own()?.processes_of(&agent.uid);
-    for pid in &processes {
-        // It may be gone already.
-        let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
-    }
-    Ok(processes.len())
 }
 
 /// A pod that is new on the node is captured, and speaks.

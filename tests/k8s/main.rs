@@ -5,6 +5,7 @@
 //! removed; each has a Kubernetes namespace of its own. With KUBECONFIG set they use that cluster
 //! instead, and those that reach into nodes are ignored. `cargo xtask test --tier k8s` gets what is
 //! missing and says where it lies.
+mod askers;
 mod bpffs;
 mod ground;
 mod install;
@@ -17,7 +18,9 @@ mod netns;
 mod one_by_one;
 mod outage;
 mod pods;
+mod refusals;
 mod removal;
+mod requests;
 mod rights;
 mod start;
 mod strict;
@@ -41,6 +44,7 @@ fn main() -> ExitCode {
         pods::TESTS,
         rights::TESTS,
         mesh::TESTS,
+        refusals::TESTS,
         labels::TESTS,
         bpffs::TESTS,
         start::TESTS,
