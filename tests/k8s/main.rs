@@ -11,6 +11,7 @@ mod ground;
 mod install;
 mod kinds;
 mod labels;
+mod leaders;
 mod leftovers;
 mod lifecycle;
 mod mesh;
@@ -45,6 +46,7 @@ fn main() -> ExitCode {
         rights::TESTS,
         mesh::TESTS,
         refusals::TESTS,
+        leaders::TESTS,
         labels::TESTS,
         bpffs::TESTS,
         start::TESTS,
