@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context, Result, anyhow};
 use picomesh_tests::{
     FULL, Netns,
-    cluster::{self, Cluster, Kubectl},
+    cluster::{self, Cluster, Kubectl, NodeSpec},
     requirements, wait,
 };
 use serde_json::{Value, json};
@@ -79,7 +79,9 @@ pub(crate) fn ground() -> Result<Arc<Ground>> {
             }
         }
         None => {
-            let own = Cluster::up(&kubernetes()?, 2, false)?;
+            // The far one starts as a machine does whose system mounts no bpffs.
+            let specs = [NodeSpec::default(), NodeSpec { bpffs: false }];
+            let own = Cluster::up_with(&kubernetes()?, &specs, false)?;
             Ground {
                 kubectl: own.kubectl().clone(),
                 own: Some(own),
@@ -140,19 +142,31 @@ impl Namespace {
     }
 
     fn create(kubectl: &Kubectl, name: &str) -> Result<Self> {
-        let name = format!("picomesh-test-{name}");
-        kubectl.apply(&json!({
-            "apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name},
-        }))?;
         let namespace = Self {
-            name,
+            name: format!("picomesh-test-{name}"),
             kubectl: kubectl.clone(),
         };
+        namespace.make()?;
+        Ok(namespace)
+    }
+
+    /// Removes it, and when it is gone makes an empty one of the same name.
+    pub(crate) fn make_again(&self) -> Result<()> {
+        let timeout = format!("--timeout={}s", wait::patience(PATIENCE).as_secs());
+        self.kubectl
+            .run(&["delete", "namespace", &self.name, &timeout])?;
+        self.make()
+    }
+
+    fn make(&self) -> Result<()> {
+        self.kubectl.apply(&json!({
+            "apiVersion": "v1", "kind": "Namespace", "metadata": {"name": self.name},
+        }))?;
         // Pods need its service account, which a controller makes.
         wait::for_value("the namespace has its service account", PATIENCE, || {
-            slowly(namespace.kubectl(&["get", "serviceaccount", "default"])).map(Some)
-        })?;
-        Ok(namespace)
+            slowly(self.kubectl(&["get", "serviceaccount", "default"])).map(Some)
+        })
+        .map(drop)
     }
 
     pub(crate) fn name(&self) -> &str {

@@ -1,12 +1,22 @@
 //! The mesh on the cluster: by the manifests that users apply, what it says of itself, and taken off
 //! again.
 
-use std::path::Path;
+use std::{fs, path::Path};
 
 use anyhow::{Context, Result, ensure};
-use picomesh_tests::{cluster::Kubectl, wait};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use picomesh_tests::{
+    cluster::{Cluster, Kubectl},
+    wait,
+};
 
 use crate::ground::{Ground, PATIENCE, items, slowly};
+
+/// The two that give certificates: the one that decides, and the one that signs.
+pub(crate) const AUTHORITIES: [&str; 2] = ["picomesh-controller", "picomesh-signer"];
 
 /// Where everything of it lives.
 pub(crate) const NAMESPACE: &str = "picomesh-system";
@@ -17,6 +27,8 @@ pub(crate) enum Part {
     /// Accounts, rights and definitions; nothing that runs.
     Rights,
     All,
+    /// All of it, as for nodes that have no room for two agents.
+    AllOneByOne,
 }
 
 /// Removed when dropped.
@@ -43,6 +55,7 @@ impl Installed {
         let at = |file: &str| deploy.join(file).to_string_lossy().into_owned();
         let sources = match part {
             Part::All => vec![format!("-k={}", at("kustomize/base"))],
+            Part::AllOneByOne => vec![format!("-k={}", at("kustomize/max-unavailable"))],
             Part::Rights => {
                 let files = [
                     "namespace",
@@ -177,7 +190,7 @@ impl Drop for Placement<'_> {
 pub(crate) struct Withdrawn<'a> {
     placement: &'a Placement<'a>,
     node: Option<String>,
-    agent: AgentPod,
+    agent: OwnPod,
 }
 
 impl Withdrawn<'_> {
@@ -237,14 +250,14 @@ pub(crate) fn wait_captured(ground: &Ground, wanted: u64) -> Result<()> {
     })
 }
 
-/// An agent's pod.
+/// A pod of the mesh's own.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct AgentPod {
+pub(crate) struct OwnPod {
     pub(crate) name: String,
     pub(crate) uid: String,
 }
 
-impl AgentPod {
+impl OwnPod {
     fn wait_gone(&self, kubectl: &Kubectl) -> Result<()> {
         let pod = format!("pod/{}", self.name);
         let timeout = format!("--timeout={}s", wait::patience(PATIENCE).as_secs());
@@ -255,7 +268,7 @@ impl AgentPod {
 }
 
 /// The node's agent: of two that change places the one that stays.
-pub(crate) fn agent_on(ground: &Ground, node: &str) -> Result<AgentPod> {
+pub(crate) fn agent_on(ground: &Ground, node: &str) -> Result<OwnPod> {
     let on = format!("--field-selector=spec.nodeName={node}");
     let label = "-l=app.kubernetes.io/name=picomesh-agent";
     let pods = ground
@@ -265,14 +278,29 @@ pub(crate) fn agent_on(ground: &Ground, node: &str) -> Result<AgentPod> {
     let newest = staying.max_by_key(|pod| pod["metadata"]["creationTimestamp"].to_string());
     let pod = newest.with_context(|| format!("no agent on {node}"))?;
     let word = |key: &str| pod["metadata"][key].as_str().unwrap_or_default().to_owned();
-    Ok(AgentPod {
+    Ok(OwnPod {
         name: word("name"),
         uid: word("uid"),
     })
 }
 
+/// The agent itself, of its pod's processes.
+pub(crate) fn agent_process(cluster: &Cluster, uid: &str) -> Result<i32> {
+    let is_agent = |pid: &i32| {
+        let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let mut words = command.split(|byte| *byte == 0);
+        // Probes run the same program.
+        words
+            .next()
+            .is_some_and(|it| it.ends_with(b"picomesh-agent"))
+            && words.next() == Some(&b"run"[..])
+    };
+    let mut processes = cluster.processes_of(uid).into_iter().filter(is_agent);
+    processes.next().context("the agent does not run")
+}
+
 /// Waits for another agent on the node than `before`, and until that one is ready.
-pub(crate) fn wait_another(ground: &Ground, node: &str, before: &AgentPod) -> Result<AgentPod> {
+pub(crate) fn wait_another(ground: &Ground, node: &str, before: &OwnPod) -> Result<OwnPod> {
     let what = format!("another agent on {node} than {}", before.name);
     let next = wait::for_value(&what, PATIENCE, || {
         let agent = slowly(agent_on(ground, node))?;
@@ -292,8 +320,40 @@ pub(crate) fn wait_another(ground: &Ground, node: &str, before: &AgentPod) -> Re
     Ok(next)
 }
 
-fn ensure_another(agent: &AgentPod, before: &AgentPod) -> Result<()> {
+fn ensure_another(agent: &OwnPod, before: &OwnPod) -> Result<()> {
     ensure!(agent.uid != before.uid, "it is still {}", agent.name);
+    Ok(())
+}
+
+/// Returns at once; the API server knows it no more, and its kubelet ends it.
+pub(crate) fn remove_by_force(ground: &Ground, pod: &OwnPod) -> Result<()> {
+    let how = ["--force", "--grace-period=0", "--wait=false"];
+    let args = ["delete", "pod", &pod.name, "-n", NAMESPACE];
+    ground.kubectl().run(&[&args[..], &how].concat()).map(drop)
+}
+
+/// SIGKILL to all processes of the pod. Returns how many there were.
+pub(crate) fn end_processes(ground: &Ground, pod: &OwnPod) -> Result<usize> {
+    let processes = ground.own()?.processes_of(&pod.uid);
+    for pid in &processes {
+        // It may be gone already.
+        let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
+    }
+    Ok(processes.len())
+}
+
+/// So many replicas of one of the [`AUTHORITIES`]. Returns when they are gone, if there are to be none.
+pub(crate) fn scale(ground: &Ground, deployment: &str, replicas: u32) -> Result<()> {
+    let wanted = format!("--replicas={replicas}");
+    let kubectl = ground.kubectl();
+    let args = ["scale", "deployment", deployment, "-n", NAMESPACE, &wanted];
+    kubectl.run(&args)?;
+    if replicas == 0 {
+        let label = format!("-l=app.kubernetes.io/name={deployment}");
+        let timeout = format!("--timeout={}s", wait::patience(PATIENCE).as_secs());
+        let gone = "--for=delete";
+        kubectl.run(&["wait", "pods", "-n", NAMESPACE, gone, &label, &timeout])?;
+    }
     Ok(())
 }
 

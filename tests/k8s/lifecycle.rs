@@ -4,10 +4,6 @@
 use std::{thread, time::Duration};
 
 use anyhow::{Context, Result, ensure};
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
 use picomesh_tests::{
     capture::Capture,
     cluster::{Node, TOOLS},
@@ -19,8 +15,8 @@ use picomesh_tests::{
 use crate::{
     ground::{Ground, Need, PATIENCE, Test, full, ground, slowly},
     install::{
-        AgentPod, NAMESPACE, agent_on, diagnosis, log_of, wait_another, wait_captured,
-        wait_installed,
+        NAMESPACE, agent_on, diagnosis, end_processes, log_of, remove_by_force, wait_another,
+        wait_captured, wait_installed,
     },
     talk::{Scene, both, wire},
 };
@@ -80,9 +76,11 @@ fn agents_are_rolled_under_load_and_nobody_notices() -> Result<()> {
     // Whoever was succeeded is still there, and its last streams have to finish.
     thread::sleep(STREAM);
 
-    let mut fared = Fared::default();
+    let (mut fared, mut slowest) = (Fared::default(), f64::INFINITY);
     for crowd in crowds {
-        fared.add(crowd.stop()?);
+        let one = crowd.stop()?;
+        slowest = slowest.min(one.per_second());
+        fared.add(one);
     }
     eprintln!(
         "two rolls in {:?}: {} connections, {:.0} a second, longest {:?}, {} failed",
@@ -118,12 +116,10 @@ fn agents_are_rolled_under_load_and_nobody_notices() -> Result<()> {
             "no other agents: {uids:?}"
         );
     }
-    // Each direction at the pace that is promised; a machine that cannot do it has shown nothing.
-    let wanted = f64::from(2 * pace) * 0.7;
+    // A machine that cannot do what is promised has shown nothing.
     ensure!(
-        fared.per_second() >= wanted,
-        "only {:.0} connections a second were opened",
-        fared.per_second()
+        slowest >= f64::from(pace),
+        "on one node only {slowest:.0} of {pace} connections a second were opened"
     );
     scene.speak()?;
     carries(&ground, near)?;
@@ -131,13 +127,15 @@ fn agents_are_rolled_under_load_and_nobody_notices() -> Result<()> {
     scene.is_read_outside_of_the_mesh(&ground)
 }
 
-/// `pace` new connections a second from each node's pod to the other's.
+/// New connections from each node's pod to the other's, some more than `pace` a second: clients lose
+/// some of their time.
 fn crowds(scene: &Scene, pace: u32) -> Result<Vec<Crowd>> {
     // So many a client can do even where the machine is busy.
     const ONE: u32 = 50;
     let every = Duration::from_secs(1) / ONE;
     let crowd = |from: usize, to: usize| {
-        let targets = vec![scene.at[to]; (pace / ONE).max(1) as usize];
+        let clients = (pace * 4 / 3).div_ceil(ONE);
+        let targets = vec![scene.at[to]; clients as usize];
         Crowd::start(&scene.pods[from], &targets, every)
     };
     Ok(vec![crowd(0, 1)?, crowd(1, 0)?])
@@ -215,22 +213,6 @@ fn tries(scene: &Scene) -> Result<Vec<Crowd>> {
         .map(|(from, to)| Crowd::start(&scene.pods[from], &[scene.at[to]; 4], rarely))
         .into_iter()
         .collect()
-}
-
-fn remove_by_force(ground: &Ground, agent: &AgentPod) -> Result<()> {
-    let how = ["--force", "--grace-period=0", "--wait=false"];
-    let args = ["delete", "pod", &agent.name, "-n", NAMESPACE];
-    ground.kubectl().run(&[&args[..], &how].concat()).map(drop)
-}
-
-/// SIGKILL to all processes of the agent's pod. Returns how many there were.
-fn end_processes(ground: &Ground, agent: &AgentPod) -> Result<usize> {
-    let processes = ground.own()?.processes_of(&agent.uid);
-    for pid in &processes {
-        // It may be gone already.
-        let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
-    }
-    Ok(processes.len())
 }
 
 /// A pod that is new on the node is captured, and speaks.

@@ -5,16 +5,23 @@
 //! removed; each has a Kubernetes namespace of its own. With KUBECONFIG set they use that cluster
 //! instead, and those that reach into nodes are ignored. `cargo xtask test --tier k8s` gets what is
 //! missing and says where it lies.
+mod askers;
+mod bpffs;
 mod ground;
 mod install;
 mod kinds;
+mod labels;
+mod leaders;
 mod leftovers;
 mod lifecycle;
 mod mesh;
 mod netns;
+mod one_by_one;
 mod outage;
 mod pods;
+mod refusals;
 mod removal;
+mod requests;
 mod rights;
 mod start;
 mod strict;
@@ -38,11 +45,16 @@ fn main() -> ExitCode {
         pods::TESTS,
         rights::TESTS,
         mesh::TESTS,
+        refusals::TESTS,
+        leaders::TESTS,
+        labels::TESTS,
+        bpffs::TESTS,
         start::TESTS,
         kinds::TESTS,
         strict::TESTS,
         netns::TESTS,
         lifecycle::TESTS,
+        one_by_one::TESTS,
         outage::TESTS,
         removal::TESTS,
         leftovers::TESTS,

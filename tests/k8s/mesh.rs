@@ -1,17 +1,15 @@
 //! The mesh as users install it, seen from outside: by kubectl, by what travels on the wire between
 //! the nodes, and by what the agents say about it.
 
-use std::{path::Path, process::Command, time::Duration};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use picomesh_tests::{cluster::TOOLS, wait};
-use serde_json::json;
 
 use crate::{
     ground::{self, Ground, Namespace, Need, PATIENCE, Test, ground, items, slowly},
-    install::{
-        Installed, NAMESPACE, Part, agent_on, diagnosis, log_of, wait_captured, wait_installed,
-    },
+    install::{Installed, Part, agent_on, diagnosis, log_of, wait_captured, wait_installed},
+    requests::{Asked, token_of},
     talk::{MARKER, PORT, identity, label, seen_on_the_wire, served, server},
 };
 
@@ -101,32 +99,16 @@ fn a_stolen_token_speaks_for_its_node_only(
     node: &str,
 ) -> Result<()> {
     let kubectl = ground.kubectl();
-    let agent = agent_on(ground, node)?;
-    let token = kubectl.text(&[
-        "create",
-        "token",
-        "picomesh-agent",
-        "-n",
-        NAMESPACE,
-        "--bound-object-kind=Pod",
-        &format!("--bound-object-name={}", agent.name),
-        &format!("--bound-object-uid={}", agent.uid),
-    ])?;
     let scratch = tempfile::tempdir()?;
-    let thief = kubectl.with_token(&token, &scratch.path().join("kubeconfig"))?;
+    let thief = token_of(ground, &agent_on(ground, node)?, scratch.path())?;
     let timeout = format!("--timeout={}s", wait::patience(PATIENCE).as_secs());
     for (account, answer) in [("default", "Approved"), ("server", "Denied")] {
         let name = format!("picomesh-test-{account}");
-        let request = request(&identity(space, account), scratch.path())?;
-        let object = json!({
-            "apiVersion": "certificates.k8s.io/v1", "kind": "CertificateSigningRequest",
-            "metadata": {"name": name},
-            "spec": {
-                "signerName": "picomesh.io/workload", "request": request,
-                "expirationSeconds": 600,
-                "usages": ["digital signature", "client auth", "server auth"],
-            },
-        });
+        let asked = Asked {
+            names: format!("URI:{}", identity(space, account)),
+            ..Asked::default()
+        };
+        let object = asked.object(&name)?;
         thief.feed(&["create", "-f", "-"], &object.to_string())?;
         let condition = format!("--for=condition={answer}");
         let answered = kubectl.run(&["wait", "csr", &name, &condition, &timeout]);
@@ -148,23 +130,6 @@ fn a_stolen_token_speaks_for_its_node_only(
         kubectl.run(&["delete", "csr", &name, "--ignore-not-found"])?;
     }
     Ok(())
-}
-
-/// In base64.
-fn request(identity: &str, dir: &Path) -> Result<String> {
-    let script = "openssl req -new -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes \
-                  -keyout key -subj / -addext \"subjectAltName=URI:$1\" -out request && \
-                  openssl base64 -A -in request";
-    let output = Command::new("sh")
-        .args(["-ec", script, "sh", identity])
-        .current_dir(dir)
-        .output()?;
-    ensure!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    Ok(String::from_utf8(output.stdout)?)
 }
 
 /// In the access log and in the metrics of both nodes.

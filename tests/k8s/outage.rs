@@ -22,7 +22,9 @@ use picomesh_tests::{
 
 use crate::{
     ground::{Ground, Need, PATIENCE, Test, full, ground, slowly},
-    install::{NAMESPACE, agent_on, diagnosis, wait_captured, wait_installed},
+    install::{
+        AUTHORITIES, agent_on, agent_process, diagnosis, scale, wait_captured, wait_installed,
+    },
     talk::{PORT, Scene, both, label, wire},
 };
 
@@ -31,9 +33,6 @@ pub(crate) const TESTS: &[Test] = &[Test {
     needs: &[Need::Nodes, Need::Image],
     run: nothing_notices_that_the_api_server_is_away,
 }];
-
-/// The two that give certificates.
-const AUTHORITIES: [&str; 2] = ["picomesh-controller", "picomesh-signer"];
 
 fn nothing_notices_that_the_api_server_is_away() -> Result<()> {
     let ground = ground()?;
@@ -61,7 +60,7 @@ fn nothing_notices_that_the_api_server_is_away() -> Result<()> {
 
     let capture = wire(cluster, &[WORD])?;
     let traffic = Traffic::start(&scene, service)?;
-    scale(&ground, 0)?;
+    scale_all(&ground, 0)?;
     let outage = Outage::begin(cluster)?;
     thread::sleep(away);
     ensure!(
@@ -99,7 +98,7 @@ fn nothing_notices_that_the_api_server_is_away() -> Result<()> {
     label(&scene.space, "disabled")?;
     wait_captured(&ground, 0).with_context(|| diagnosis(&ground))?;
     scene.is_read(&ground)?;
-    scale(&ground, 2)?;
+    scale_all(&ground, 2)?;
     wait_installed(&ground).with_context(|| diagnosis(&ground))?;
     label(&scene.space, "enabled")?;
     wait_captured(&ground, 2).with_context(|| diagnosis(&ground))?;
@@ -147,20 +146,9 @@ impl Traffic {
 }
 
 /// Whoever could give certificates is gone, or back.
-fn scale(ground: &Ground, replicas: u32) -> Result<()> {
-    let wanted = format!("--replicas={replicas}");
-    let kubectl = ground.kubectl();
-    for deployment in AUTHORITIES {
-        let args = ["scale", "deployment", deployment, "-n", NAMESPACE, &wanted];
-        kubectl.run(&args)?;
-        if replicas == 0 {
-            let label = format!("-l=app.kubernetes.io/name={deployment}");
-            let timeout = format!("--timeout={}s", wait::patience(PATIENCE).as_secs());
-            let gone = "--for=delete";
-            kubectl.run(&["wait", "pods", "-n", NAMESPACE, gone, &label, &timeout])?;
-        }
-    }
-    Ok(())
+fn scale_all(ground: &Ground, replicas: u32) -> Result<()> {
+    let mut all = AUTHORITIES.into_iter();
+    all.try_for_each(|deployment| scale(ground, deployment, replicas))
 }
 
 /// The API server is killed until this ends; dropping it ends it.
@@ -198,21 +186,6 @@ impl Drop for Outage<'_> {
             eprintln!("{e:#}");
         }
     }
-}
-
-/// The agent itself, of its pod's processes.
-fn agent_process(cluster: &Cluster, uid: &str) -> Result<i32> {
-    let is_agent = |pid: &i32| {
-        let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        let mut words = command.split(|byte| *byte == 0);
-        // Probes run the same program.
-        words
-            .next()
-            .is_some_and(|it| it.ends_with(b"picomesh-agent"))
-            && words.next() == Some(&b"run"[..])
-    };
-    let mut processes = cluster.processes_of(uid).into_iter().filter(is_agent);
-    processes.next().context("the agent does not run")
 }
 
 fn ensure_other(now: i32, former: i32) -> Result<()> {

@@ -21,7 +21,7 @@ use picomesh_tests::{
 
 use crate::{
     ground::{Ground, Need, Test, ground},
-    install::{diagnosis, wait_captured},
+    install::{Part, diagnosis, wait_captured},
     talk::{Scene, both, label},
 };
 
@@ -46,7 +46,7 @@ fn a_mesh_that_is_deleted_was_never_there() -> Result<()> {
         ensure!(!theirs, "a mesh was here before; {what}: {found}");
     }
 
-    scene.install(&ground)?;
+    scene.install(&ground, Part::All)?;
     label(&scene.space, "enabled")?;
     wait_captured(&ground, 2).with_context(|| diagnosis(&ground))?;
     // The control: each of these looks finds something of a mesh that stands.

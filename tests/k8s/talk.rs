@@ -117,12 +117,29 @@ pub(crate) fn wait_told(ground: &Ground, node: &str, lines: &[Vec<String>]) -> R
     })
 }
 
-/// The two nodes: the near and the far one.
+/// The two nodes: the near and the far one, which starts without a bpffs.
 pub(crate) fn both(cluster: &Cluster) -> Result<[&Node; 2]> {
     match cluster.nodes() {
         [near, far] => Ok([near, far]),
         other => bail!("two nodes are expected, and there are {}", other.len()),
     }
+}
+
+/// A pod on each node, with an echo server in it.
+fn inhabit(
+    cluster: &Cluster,
+    space: &Namespace,
+) -> Result<([Server; 2], [Netns; 2], [SocketAddr; 2])> {
+    let [near, far] = both(cluster)?;
+    space.pod("near", near.name(), TOOLS, SLEEP)?;
+    space.pod("far", far.name(), TOOLS, SLEEP)?;
+    for pod in ["near", "far"] {
+        space.wait_ready(pod)?;
+    }
+    let pods = [space.netns(cluster, "near")?, space.netns(cluster, "far")?];
+    let at = [space.at("near", PORT)?, space.at("far", PORT)?];
+    let echo = |pod: &Netns| Server::start(pod, PORT, Habit::Echo);
+    Ok(([echo(&pods[0])?, echo(&pods[1])?], pods, at))
 }
 
 /// The mesh installed and a meshed pod on each node, with an echo server in it.
@@ -139,8 +156,12 @@ pub(crate) struct Scene {
 impl Scene {
     /// The pods are `near` and `far`, and older than the mesh.
     pub(crate) fn new(ground: &Ground, name: &str) -> Result<Self> {
+        Self::with(ground, name, Part::All)
+    }
+
+    pub(crate) fn with(ground: &Ground, name: &str, part: Part) -> Result<Self> {
         let mut scene = Self::without_mesh(ground, name)?;
-        scene.install(ground)?;
+        scene.install(ground, part)?;
         label(&scene.space, "enabled")?;
         wait_captured(ground, 2).with_context(|| diagnosis(ground))?;
         Ok(scene)
@@ -149,18 +170,10 @@ impl Scene {
     pub(crate) fn without_mesh(ground: &Ground, name: &str) -> Result<Self> {
         let cluster = ground.own()?;
         cluster.import_archive(&image()?)?;
-        let [near, far] = both(cluster)?;
         let space = ground.namespace(name)?;
-        space.pod("near", near.name(), TOOLS, SLEEP)?;
-        space.pod("far", far.name(), TOOLS, SLEEP)?;
-        for pod in ["near", "far"] {
-            space.wait_ready(pod)?;
-        }
-        let pods = [space.netns(cluster, "near")?, space.netns(cluster, "far")?];
-        let at = [space.at("near", PORT)?, space.at("far", PORT)?];
-        let echo = |pod: &Netns| Server::start(pod, PORT, Habit::Echo);
+        let (echoes, pods, at) = inhabit(cluster, &space)?;
         Ok(Self {
-            _echoes: [echo(&pods[0])?, echo(&pods[1])?],
+            _echoes: echoes,
             installed: None,
             space,
             pods,
@@ -168,8 +181,19 @@ impl Scene {
         })
     }
 
-    pub(crate) fn install(&mut self, ground: &Ground) -> Result<()> {
-        self.installed = Some(Installed::new(ground.kubectl(), Part::All)?);
+    /// The namespace is removed, and made again with pods of the same names. Where `labelled`, they
+    /// are born in the mesh.
+    pub(crate) fn make_again(&mut self, ground: &Ground, labelled: bool) -> Result<()> {
+        self.space.make_again()?;
+        if labelled {
+            label(&self.space, "enabled")?;
+        }
+        (self._echoes, self.pods, self.at) = inhabit(ground.own()?, &self.space)?;
+        Ok(())
+    }
+
+    pub(crate) fn install(&mut self, ground: &Ground, part: Part) -> Result<()> {
+        self.installed = Some(Installed::new(ground.kubectl(), part)?);
         wait_installed(ground).with_context(|| diagnosis(ground))
     }
 

@@ -9,9 +9,10 @@
 //!
 //! Read [`world`] first; [`netns`], [`process`] and [`reaper`] are what it stands on,
 //! [`manifest`] and [`agent`] what runs the mesh, [`client`], [`server`] and [`program`] what
-//! talks through it, [`load`] and [`crowd`] what goes on meanwhile, [`capture`], [`hooks`] and [`raw`] what looks
+//! talks through it, [`load`], [`crowd`] and [`calls`] what goes on meanwhile, [`capture`], [`hooks`] and [`raw`] what looks
 //! at the wire and the kernel and forges frames.
 pub mod agent;
+pub mod calls;
 pub mod capture;
 mod cgroups;
 pub mod client;

@@ -14,7 +14,8 @@ use picomesh_tests::{
 };
 
 use crate::{
-    image, kubernetes,
+    image,
+    kubernetes::{NEWEST, Release},
     needs::{self, Purpose},
 };
 
@@ -30,6 +31,9 @@ enum Verb {
     Up {
         #[arg(long, default_value_t = 2)]
         nodes: usize,
+        /// Of this Kubernetes: 1.36 or 1.30
+        #[arg(long, value_name = "VERSION", value_parser = Release::parse, default_value = NEWEST.version)]
+        kubernetes: Release,
     },
     /// Remove it with every trace
     Down,
@@ -42,7 +46,7 @@ enum Verb {
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     match &args.verb {
-        Verb::Up { nodes } => up(*nodes),
+        Verb::Up { nodes, kubernetes } => up(*nodes, *kubernetes),
         Verb::Down => {
             match Cluster::down() {
                 Some(name) => println!("removed {name}"),
@@ -54,7 +58,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
             let Some(name) = Cluster::kept() else {
                 bail!("no cluster is up: cargo xtask cluster up");
             };
-            let kubectl = kubernetes::install()?.join("kubectl");
+            let kubectl = NEWEST.install()?.join("kubectl");
             // Instead of us: its terminal, its signals, its exit code.
             Err(Command::new(&kubectl)
                 .args(args)
@@ -65,14 +69,14 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     }
 }
 
-fn up(nodes: usize) -> Result<ExitCode> {
+fn up(nodes: usize, release: Release) -> Result<ExitCode> {
     reaper::install()?;
     if let Some(name) = Cluster::kept() {
         println!("{name} is up already");
         tell(&name);
         return Ok(ExitCode::SUCCESS);
     }
-    let kubernetes = prepare()?;
+    let kubernetes = prepare(release)?;
     let cluster = Cluster::up(&kubernetes, nodes, true)?;
     for node in cluster.nodes() {
         println!(
@@ -93,9 +97,9 @@ fn up(nodes: usize) -> Result<ExitCode> {
 }
 
 /// Gets what a cluster needs; returns the directory with Kubernetes' programs.
-pub(crate) fn prepare() -> Result<std::path::PathBuf> {
+pub(crate) fn prepare(release: Release) -> Result<std::path::PathBuf> {
     needs::ensure(&[Purpose::World, Purpose::Cluster])?;
-    kubernetes::install()
+    release.install()
 }
 
 fn tell(name: &str) {

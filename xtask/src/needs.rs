@@ -334,7 +334,7 @@ impl Need {
                 }),
             },
             Source::Tool(tool) => tool.find().is_some(),
-            Source::Kubernetes => kubernetes::find().is_some(),
+            Source::Kubernetes => kubernetes::NEWEST.find().is_some(),
         }
     }
 }

@@ -61,7 +61,7 @@ pub(crate) fn get(missing: &[&Need]) -> Result<()> {
         tool.install()?;
     }
     if kubernetes {
-        kubernetes::install()?;
+        kubernetes::NEWEST.install()?;
     }
     if let Some(need) = missing.iter().find(|n| !n.is_met()) {
         bail!("{} is still missing after setup: {}", need.name(), need.why);

@@ -20,7 +20,9 @@ use picomesh_tests::{
 pub(crate) use self::{count::Count, steps::run as run_step};
 use crate::{
     cache::CARGO_DENY,
-    cluster, fuzz, image, kubernetes, mutants,
+    cluster, fuzz, image,
+    kubernetes::{NEWEST, OLDEST, Release},
+    mutants,
     needs::{self, Purpose},
     shell, soak, vm,
 };
@@ -40,6 +42,31 @@ pub(crate) struct Args {
     /// mutants, vm, fuzz, a short soak, the image built twice, and k8s
     #[arg(long)]
     full: bool,
+    /// The Kubernetes that the tier k8s makes its cluster of: 1.36 or 1.30. Without it the newest,
+    /// and with --full the oldest after it
+    #[arg(long, value_name = "VERSION", value_parser = Release::parse)]
+    kubernetes: Option<Release>,
+}
+
+/// What is played of a tier.
+#[derive(Clone, Copy, Default)]
+struct Play<'a> {
+    filter: Option<&'a str>,
+    full: bool,
+    kubernetes: Option<Release>,
+}
+
+impl Play<'_> {
+    /// Each with whether its long versions are played, which is once enough.
+    fn releases(self) -> Vec<(Release, bool)> {
+        // Somebody else's cluster is of its own version.
+        let foreign = std::env::var_os("KUBECONFIG").is_some();
+        match self.kubernetes {
+            Some(release) => vec![(release, self.full)],
+            None if self.full && !foreign => vec![(NEWEST, true), (OLDEST, false)],
+            None => vec![(NEWEST, self.full)],
+        }
+    }
 }
 
 /// Enough for every disturbance to come; before a release `cargo xtask soak` belongs beside it.
@@ -110,14 +137,19 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
             tiers.extend(Tier::LONG);
         }
     }
+    let play = Play {
+        filter: args.filter.as_deref(),
+        full: args.full,
+        kubernetes: args.kubernetes,
+    };
     let mut total = Count::default();
     for tier in tiers {
         if args.list {
-            list(tier, args.full)?;
+            list(tier, play)?;
             continue;
         }
         println!("== {} ==", tier.name());
-        total.add(run_tier(tier, args.filter.as_deref(), args.full));
+        total.add(run_tier(tier, play));
     }
     if args.list {
         return Ok(ExitCode::SUCCESS);
@@ -143,7 +175,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     })
 }
 
-fn run_tier(tier: Tier, filter: Option<&str>, full: bool) -> Count {
+fn run_tier(tier: Tier, play: Play) -> Count {
     let prepared = match tier {
         Tier::Rules => return rules::run(),
         Tier::Mutants => return mutants::count(),
@@ -166,13 +198,13 @@ fn run_tier(tier: Tier, filter: Option<&str>, full: bool) -> Count {
             }
             prepare_kernel_tiers(tier)
         }
-        Tier::K8s => prepare_k8s(),
+        Tier::K8s => prepare_k8s(play),
     };
     if let Err(e) = prepared {
         return Count::failure(&format!("{}: prepare", tier.name()), &format!("{e:#}"));
     }
     let mut total = Count::default();
-    for (name, mut command) in commands(tier, filter, full) {
+    for (name, mut command) in commands(tier, play) {
         total.add(steps::run(
             &format!("{}: {name}", tier.name()),
             &mut command,
@@ -193,9 +225,11 @@ fn prepare_kernel_tiers(tier: Tier) -> Result<()> {
 }
 
 /// Kubernetes' programs and the agent's image.
-fn prepare_k8s() -> Result<()> {
+fn prepare_k8s(play: Play) -> Result<()> {
     if std::env::var_os("KUBECONFIG").is_none() {
-        cluster::prepare()?;
+        for (release, _) in play.releases() {
+            cluster::prepare(release)?;
+        }
         image::build(picomesh_tests::image::AGENT, &image::archive())?;
     }
     Ok(())
@@ -210,7 +244,8 @@ fn testing_agent_build() -> Command {
     command
 }
 
-fn commands(tier: Tier, filter: Option<&str>, full: bool) -> Vec<(&'static str, Command)> {
+fn commands(tier: Tier, play: Play) -> Vec<(&'static str, Command)> {
+    let Play { filter, full, .. } = play;
     let cargo = |args: &[&str]| {
         let mut command = shell::cargo();
         command.args(args);
@@ -312,15 +347,18 @@ fn commands(tier: Tier, filter: Option<&str>, full: bool) -> Vec<(&'static str, 
             vec![("agents", mesh)]
         }
         Tier::K8s => {
-            let mut k8s = test(&["-p", "picomesh-tests", "--test", "k8s"], filter);
-            k8s.env(AGENT_IMAGE, image::archive());
-            if full {
-                k8s.env(picomesh_tests::FULL, "1");
-            }
-            if let Some(kubernetes) = kubernetes::find() {
-                k8s.env(KUBERNETES, kubernetes);
-            }
-            vec![("cluster", k8s)]
+            let on = |(release, full): (Release, bool)| {
+                let mut k8s = test(&["-p", "picomesh-tests", "--test", "k8s"], filter);
+                k8s.env(AGENT_IMAGE, image::archive());
+                if full {
+                    k8s.env(picomesh_tests::FULL, "1");
+                }
+                if let Some(kubernetes) = release.find() {
+                    k8s.env(KUBERNETES, kubernetes);
+                }
+                (release.version, k8s)
+            };
+            play.releases().into_iter().map(on).collect()
         }
         // These have verbs of their own.
         Tier::Rules | Tier::Mutants | Tier::Vm | Tier::Fuzz | Tier::Soak | Tier::Image => {
@@ -343,10 +381,16 @@ fn test(args: &[&str], filter: Option<&str>) -> Command {
     command
 }
 
-fn list(tier: Tier, full: bool) -> Result<()> {
+fn list(tier: Tier, play: Play) -> Result<()> {
     match tier {
         Tier::Lint => {
-            for (name, _) in commands(tier, None, full) {
+            for (name, _) in commands(
+                tier,
+                Play {
+                    filter: None,
+                    ..play
+                },
+            ) {
                 println!("{}: {name}", tier.name());
             }
         }
@@ -354,7 +398,13 @@ fn list(tier: Tier, full: bool) -> Result<()> {
             println!("{}", tier.name());
         }
         Tier::Unit | Tier::Bpf | Tier::Mesh | Tier::K8s => {
-            for (_, mut command) in commands(tier, None, full) {
+            for (_, mut command) in commands(
+                tier,
+                Play {
+                    filter: None,
+                    ..play
+                },
+            ) {
                 // No doc tests: they have no names worth listing.
                 let output = command.args(["--", "--list"]).output()?;
                 for line in String::from_utf8_lossy(&output.stdout).lines() {
@@ -396,7 +446,7 @@ mod tests {
         assert!(left.contains("tests/fuzz"), "{left:?}");
         let workspace = fs::read_to_string(shell::root().join("Cargo.toml")).unwrap();
         let members = workspace.lines().find(|line| line.starts_with("members"));
-        for (_name, command) in commands(Tier::Lint, None, false) {
+        for (_name, command) in commands(Tier::Lint, Play::default()) {
             let args: Vec<_> = command.get_args().filter_map(|arg| arg.to_str()).collect();
             if args[0] != "clippy" {
                 continue;

@@ -82,6 +82,8 @@ pub struct ProxySettings {
 pub struct Timing {
     /// TCP connect to an endpoint or a node.
     pub connect: Duration,
+    /// How long a connection waits for a node that takes no tunnels, as while its agent is replaced.
+    pub away: Duration,
     /// TLS and HTTP/2 preface, from the first byte, on both sides.
     pub handshake: Duration,
     /// A tunnel without streams is closed after this.
@@ -98,6 +100,7 @@ impl Default for Timing {
     fn default() -> Self {
         Self {
             connect: Duration::from_secs(5),
+            away: Duration::from_secs(15),
             handshake: Duration::from_secs(5),
             tunnel_idle: Duration::from_secs(90),
             ping: Duration::from_secs(10),

@@ -2,19 +2,19 @@
 //!
 //! [`serve`] is the story. [`decide`] turns the original destination into a plain [`Hop`]: which
 //! endpoint, by which carrier, allowed by whom; [`reach`] acts on it. A Service's next endpoint is
-//! tried when one cannot be reached, a refusal by policy is final. The one exit is in
-//! [`super::report`].
+//! tried when one cannot be reached, and a node that takes no tunnels is waited for; a refusal by
+//! policy is final. The one exit is in [`super::report`].
 
 use std::{
     net::{IpAddr, SocketAddr},
     rc::Rc,
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
 use h2::{SendStream, client::ResponseFuture};
-use tokio::net::TcpStream;
+use tokio::{net::TcpStream, time::sleep};
 
 use super::{
     authz::{self, Allowed},
@@ -40,6 +40,8 @@ use crate::{
 
 /// Endpoints of a Service that one connection tries.
 const ENDPOINT_TRIES: usize = 3;
+/// Between two looks whether a node takes tunnels again.
+const LOOK: Duration = Duration::from_millis(200);
 
 /// Everything decided about where a connection goes next.
 struct Hop {
@@ -120,8 +122,29 @@ async fn pump(client: TcpEnd, far: Far, shared: Shared) -> (End, Meter) {
     }
 }
 
-/// Who, where to, may it, by what: then the socket or stream.
+/// Waits for a node whose agent is away, as a SYN that is sent again would: the agents of a node that
+/// has no room for two follow each other with seconds between them. What is known by then counts.
 async fn establish(
+    thread: &Rc<Thread>,
+    pod: &Rc<Pod>,
+    report: &mut Report,
+) -> Result<Standing, Refusal> {
+    let begun = Instant::now();
+    loop {
+        match attempt(thread, pod, report).await {
+            Err(refusal)
+                if refusal.reason == Reason::TunnelFailed
+                    && begun.elapsed() < thread.settings.timing.away =>
+            {
+                sleep(LOOK).await;
+            }
+            done => return done,
+        }
+    }
+}
+
+/// Who, where to, may it, by what: then the socket or stream.
+async fn attempt(
     thread: &Rc<Thread>,
     pod: &Rc<Pod>,
     report: &mut Report,

@@ -43,10 +43,35 @@ impl Kubectl {
     /// The same cluster as somebody else sees it: by a token, and by nothing of our own. Writes
     /// the kubeconfig for that.
     pub fn with_token(&self, token: &str, kubeconfig: &Path) -> Result<Self> {
-        let shown = self.run(&["config", "view", "--raw", "--minify", "-o=json"])?;
-        let mut config: Value = serde_json::from_str(&shown).context("the kubeconfig")?;
+        let mut config = self.config()?;
         config["users"] = json!([{"name": "token", "user": {"token": token}}]);
         config["contexts"][0]["context"]["user"] = json!("token");
+        self.with_config(&config, kubeconfig)
+    }
+
+    /// The same cluster as an administrator sees it who takes another's name, and says what the API
+    /// server would know of that one's token.
+    pub fn impersonating(
+        &self,
+        user: &str,
+        extra: &[(&str, &str)],
+        kubeconfig: &Path,
+    ) -> Result<Self> {
+        let mut config = self.config()?;
+        let own = &mut config["users"][0]["user"];
+        own["as"] = json!(user);
+        for (key, value) in extra {
+            own["as-user-extra"][*key] = json!([value]);
+        }
+        self.with_config(&config, kubeconfig)
+    }
+
+    fn config(&self) -> Result<Value> {
+        let shown = self.run(&["config", "view", "--raw", "--minify", "-o=json"])?;
+        serde_json::from_str(&shown).context("the kubeconfig")
+    }
+
+    fn with_config(&self, config: &Value, kubeconfig: &Path) -> Result<Self> {
         fs::write(kubeconfig, config.to_string())
             .with_context(|| format!("write {}", kubeconfig.display()))?;
         Ok(Self {

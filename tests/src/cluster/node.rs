@@ -56,6 +56,11 @@ impl Place {
         format!("node{}", self.index)
     }
 
+    /// The kubelet's, for its own server and as a client.
+    fn certificate(&self) -> String {
+        format!("{}-kubelet", self.name())
+    }
+
     fn dir(&self) -> PathBuf {
         reaper::dir(&self.cluster).join(self.name())
     }
@@ -134,7 +139,8 @@ impl Node {
         let start = |name: &str, argv| Component::start(name, argv, &netns, &logs, place.kept);
         let script = dir.join("mounts.sh");
         fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
-        write_files(place, &cgroup, pki, &dir)?;
+        let kubelet = kubelet_config(&cgroup, pki, place, minor_version(kubernetes)?);
+        write_files(place, pki, &kubelet, &dir)?;
         fs::write(&script, mounts(&dir, spec))?;
         let holder = start(
             &name,
@@ -339,7 +345,7 @@ fn mounts(dir: &Path, spec: &NodeSpec) -> String {
     script
 }
 
-fn write_files(place: &Place, cgroup: &str, pki: &Pki, dir: &Path) -> Result<()> {
+fn write_files(place: &Place, pki: &Pki, kubelet: &Value, dir: &Path) -> Result<()> {
     let files = dir.join("files");
     fs::create_dir_all(&files).with_context(|| format!("create {}", files.display()))?;
     let name = place.name();
@@ -348,9 +354,8 @@ fn write_files(place: &Place, cgroup: &str, pki: &Pki, dir: &Path) -> Result<()>
     let node = format!("system:node:{name}");
     let mut alternatives = vec![format!("DNS:{name}")];
     alternatives.extend(spoken(v4, v6).iter().map(|a| format!("IP:{a}")));
-    let certificate = format!("{name}-kubelet");
     pki.kubeconfig(
-        &certificate,
+        &place.certificate(),
         &Subject {
             name: &node,
             group: "system:nodes",
@@ -374,10 +379,7 @@ fn write_files(place: &Place, cgroup: &str, pki: &Pki, dir: &Path) -> Result<()>
     };
     write("config.toml", &containerd_config())?;
     write("10-pods.conflist", &conflist(place).to_string())?;
-    write(
-        "kubelet.json",
-        &kubelet_config(cgroup, pki, &certificate).to_string(),
-    )?;
+    write("kubelet.json", &kubelet.to_string())?;
     for (key, value) in TUNABLES {
         write(&key.replace('/', "-"), &format!("{value}\n"))?;
     }
@@ -431,8 +433,10 @@ fn conflist(place: &Place) -> Value {
     })
 }
 
-fn kubelet_config(cgroup: &str, pki: &Pki, certificate: &str) -> Value {
-    json!({
+/// `minor`: of the kubelet's version 1.x. It takes no field that it does not know.
+fn kubelet_config(cgroup: &str, pki: &Pki, place: &Place, minor: u32) -> Value {
+    let certificate = place.certificate();
+    let mut config = json!({
         "apiVersion": "kubelet.config.k8s.io/v1beta1",
         "kind": "KubeletConfiguration",
         "authentication": {
@@ -447,17 +451,36 @@ fn kubelet_config(cgroup: &str, pki: &Pki, certificate: &str) -> Value {
         "cgroupDriver": "cgroupfs",
         "cgroupRoot": cgroup,
         "enforceNodeAllocatable": [],
-        "failCgroupV1": false,
         "failSwapOn": false,
         "oomScoreAdj": 0,
         "clusterDomain": "cluster.local",
         // The machine's may name a server that pods cannot reach.
         "resolvConf": "",
-        "podLogsDir": "/var/log/pods",
         "volumePluginDir": "/var/lib/kubelet/volume-plugins",
         "maxPods": 250,
         // The machine is shared, and what others leave of it is not the cluster's to tidy up.
         "evictionHard": {"memory.available": "0%", "nodefs.available": "0%", "nodefs.inodesFree": "0%", "imagefs.available": "0%", "imagefs.inodesFree": "0%"},
         "imageGCHighThresholdPercent": 100,
-    })
+    });
+    if minor >= 31 {
+        config["failCgroupV1"] = json!(false);
+    }
+    config
+}
+
+/// Of Kubernetes 1.x.
+fn minor_version(kubernetes: &Path) -> Result<u32> {
+    let kubelet = kubernetes.join("kubelet");
+    let output = std::process::Command::new(&kubelet)
+        .arg("--version")
+        .output()
+        .with_context(|| format!("start {}", kubelet.display()))?;
+    // `Kubernetes v1.36.3`
+    let said = String::from_utf8_lossy(&output.stdout);
+    let mut numbers = said.trim().split(['v', '.']).skip(1);
+    let (major, minor) = (numbers.next(), numbers.next());
+    let minor = minor.and_then(|minor| minor.parse().ok());
+    minor
+        .filter(|_| major == Some("1"))
+        .with_context(|| format!("{} is of the version {said:?}", kubelet.display()))
 }

@@ -3,7 +3,7 @@
 use std::{
     net::SocketAddr,
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use bytes::Bytes;
@@ -298,6 +298,39 @@ fn bulk_harms_nobody_when_no_other_tunnel_can_be_had() {
             "no bulk was seen: {text}"
         );
         served.abort();
+    });
+}
+
+#[test]
+fn a_node_whose_agent_is_away_is_waited_for() {
+    world_with(play_node_two, |world| async move {
+        world.capture_all().await;
+        let mut client = dial(CALLER, at(SERVICE, 80)).await;
+        let mut byte = [0];
+        let early = timeout(Duration::from_secs(1), client.read(&mut byte)).await;
+        assert!(early.is_err(), "while nobody listens it is told {early:?}");
+        let node = listen_as_node_two().await;
+        let tunnel = accept_tunnel(&world, &node).await;
+        let served = tokio::spawn(serve_tunnel(tunnel));
+        client.read_exact(&mut byte).await.expect("served at last");
+        served.abort();
+    });
+}
+
+#[test]
+fn a_node_whose_agent_stays_away_is_not_waited_for_without_end() {
+    let settings = |settings: &mut ProxySettings| {
+        play_node_two(settings);
+        settings.timing.away = Duration::from_millis(600);
+    };
+    world_with(settings, |world| async move {
+        world.capture_all().await;
+        let begun = Instant::now();
+        let mut client = dial(CALLER, at(SERVICE, 80)).await;
+        let end = timeout(Duration::from_secs(3), client.read(&mut [0])).await;
+        let error = end.expect("it has an end").unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+        assert!(begun.elapsed() >= Duration::from_millis(600));
     });
 }
 
