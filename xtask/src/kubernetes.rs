@@ -38,7 +38,16 @@ const RELEASES: [Release; 2] = [NEWEST, OLDEST];
 const ASSETS: &str = "KUBEBUILDER_ASSETS";
 const PROGRAM: &str = "kubernetes";
 
+/// Nothing else is asked of a person's machine that `setup` cannot get.
+const NO_GO: &str = "go is missing: install Go 1.26 (https://go.dev/dl), or name a directory with \
+                     the programs of the newest Kubernetes by KUBEBUILDER_ASSETS";
+
 impl Release {
+    /// Why it cannot be had here.
+    pub(crate) fn lacks(self) -> Option<&'static str> {
+        self.dir().is_none().then_some(NO_GO)
+    }
+
     /// As people name it: 1.30.4, or 1.30.
     pub(crate) fn parse(word: &str) -> Result<Self, String> {
         let mut all = RELEASES.into_iter();
@@ -79,11 +88,7 @@ impl Release {
         }
         let version = self.version;
         let Some(dir) = self.dir() else {
-            bail!(
-                "go is missing: install Go 1.26 (https://go.dev/dl), or name a directory with the \
-                 programs of {} by {ASSETS}",
-                NEWEST.version
-            );
+            bail!("{NO_GO}");
         };
         println!("compiling Kubernetes {version} (minutes, once)");
         let at = "k8s.io/component-base/version";
