@@ -124,6 +124,12 @@ fn without_an_agent_pods_of_the_mesh_wait_and_all_others_start() -> Result<()> {
     wait_intent(&ground, space.name())?;
 
     let withdrawn = placement.take(near.name())?;
+    // As k3s and flannel do at every start of a node, long before an agent is there.
+    near.run(&[
+        "sh",
+        "-c",
+        "cd /etc/cni/net.d && list=$(cat 10-pods.conflist) && printf %s \"$list\" > 10-pods.conflist",
+    ])?;
     let names = ["waits", "joins", "goes"];
     let markers = names.map(|name| format!("{MARKER}-of-{name}/"));
     let markers: Vec<&[u8]> = markers.iter().map(String::as_bytes).collect();

@@ -123,8 +123,8 @@ pub enum InstallError {
     },
     #[error(
         "{path} comes before {LIST} by name and does not lead to it, so the runtime does not call \
-         {PLUGIN}; restart Multus, or let it take ours by --multus-master-cni-file-name={LIST}; \
-         rename anything else, or have it call {LIST}"
+         {PLUGIN}; restart Multus, or name {LIST} as its master (--multus-master-cni-file-name, \
+         multusMasterCNI); rename anything else, or have it call {LIST}"
     )]
     Before { path: PathBuf },
     #[error(

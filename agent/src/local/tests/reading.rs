@@ -191,6 +191,13 @@ fn what_is_no_text_of_bounded_size_is_an_error() {
     file.set_len(4 * 1024 * 1024 + 1).unwrap();
     std::fs::write(path("latin1.yaml"), b"name: \xe9").unwrap();
     nix::unistd::mkfifo(&path("pipe.yaml"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    // However long this takes, they have only just been written.
+    let soon = std::time::SystemTime::now() + Duration::from_secs(60);
+    for name in ["big.yaml", "latin1.yaml", "pipe.yaml"] {
+        let mut both = std::fs::File::options();
+        let file = both.read(true).write(true).open(path(name)).unwrap();
+        file.set_modified(soon).unwrap();
+    }
     assert!(world.directory.read().unwrap().is_none(), "none is at rest");
     let snapshot = world.read();
     assert_eq!(
