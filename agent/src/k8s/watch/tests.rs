@@ -418,6 +418,41 @@ async fn an_absence_counts_from_the_last_word_before_it() {
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_kind_that_goes_on_failing_keeps_no_endpoint_ready() {
+    let api = cluster();
+    api.define("servers", "policy.linkerd.io", "v1beta3");
+    let mut world = World::start(&api, None);
+    world.ready().await;
+    api.set_failing(SERVERS, true);
+    sleep(Duration::from_secs(60)).await;
+    api.put(SLICES, slice([true, false]));
+    let so = |objects: &Arc<Objects>| ready_endpoints(objects) == [true, false];
+    let told = tokio::time::timeout(Duration::from_secs(1), world.objects.wait_for(so));
+    told.await.expect("within a second").unwrap();
+}
+
+#[test]
+fn failures_with_words_between_them_are_no_absence_and_end_none() {
+    let second = Duration::from_secs(1);
+    let mut now = Instant::now() + 3600 * second;
+    let mut outage = Outage::default();
+    // A proxy that cuts the watch again and again.
+    for _ in 0..10 {
+        outage.heard(now);
+        now += 5 * second;
+        outage.failed(now, Duration::ZERO);
+        now += 5 * second;
+        assert!(!outage.is_doubtful(now));
+    }
+    // It is away, and comes and goes before it stays.
+    outage.failed(now, Duration::ZERO);
+    outage.heard(now + second);
+    outage.failed(now + 2 * second, Duration::ZERO);
+    assert!(outage.is_doubtful(now + CAREFUL));
+    assert!(!outage.is_doubtful(now + 2 * CAREFUL));
+}
+
 #[test]
 fn a_connection_that_fell_silent_was_absent_for_as_long() {
     let now = Instant::now() + Duration::from_secs(3600);
