@@ -189,7 +189,7 @@ struct Writer<F> {
 impl<F: FnOnce() + Send> Writer<F> {
     fn hear(&mut self, Message { watched, told }: Message) {
         let now = Instant::now();
-        if let Told::Failed { error, away } = told {
+        if let Told::Failed { error, away } = &told {
             let of_slices = watched == Watched::Mesh(Kind::EndpointSlice);
             if let Some(silent) = away.filter(|_| of_slices) {
                 self.outage.failed(now, silent);
@@ -199,10 +199,8 @@ impl<F: FnOnce() + Send> Writer<F> {
                        should; what is known stays in force");
                 self.outage.told = true;
             }
-            return;
-        }
-        // A list that begins is no answer yet.
-        if !matches!(told, Told::Listing) {
+        } else if !matches!(told, Told::Listing) {
+            // A list that begins is no answer yet.
             self.outage.heard(now);
             if std::mem::take(&mut self.outage.told) {
                 info!("the API server answers again");
@@ -210,7 +208,7 @@ impl<F: FnOnce() + Send> Writer<F> {
         }
         let doubtful = self.outage.is_doubtful(now);
         let Some(index) = &mut self.index else { return };
-        if index.hear(watched, told, doubtful) {
+        if index.hear(watched, told, now, doubtful) {
             let soon = now + self.wait();
             self.due = Some(self.due.map_or(soon, |due| due.min(soon)));
         }
@@ -223,7 +221,9 @@ impl<F: FnOnce() + Send> Writer<F> {
     fn next_look(&self) -> Instant {
         let first = [self.due, self.loaded.as_ref().map(|_| self.remind)];
         let due = first.into_iter().flatten().min();
-        due.unwrap_or_else(|| Instant::now() + Duration::from_secs(1))
+        let due = due.unwrap_or_else(|| Instant::now() + Duration::from_secs(1));
+        let decides = self.index.as_ref().and_then(Index::decides_at);
+        decides.map_or(due, |decides| due.min(decides))
     }
 
     /// Something may be due.
@@ -231,6 +231,9 @@ impl<F: FnOnce() + Send> Writer<F> {
         let now = Instant::now();
         let Some(index) = &mut self.index else { return };
         if !self.outage.is_doubtful(now) && index.release() {
+            self.due.get_or_insert(now);
+        }
+        if index.decide(now) {
             self.due.get_or_insert(now);
         }
         if self.loaded.is_some() && !index.is_complete() {
