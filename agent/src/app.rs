@@ -410,8 +410,8 @@ pub async fn start(
         accepting.push(serve(&mut tasks, answers));
     }
 
-    // A cluster is told what was found here, and tells when the mesh is taken off. The node's own
-    // files are ours until a successor has committed.
+    // A cluster is told what was found here, and tells when the mesh is taken off. That and the
+    // node's own files are ours until a successor has committed.
     let writes = Arc::new(AtomicBool::new(true));
     let cluster = cluster.map(|cluster| {
         let Cluster {
@@ -427,7 +427,7 @@ pub async fn start(
             &guard,
             &mut tasks,
         );
-        cluster::begin(client, &shown, plugin, &mut tasks);
+        cluster::begin(client, &shown, plugin, &writes, &mut tasks);
         OnCluster {
             leaving,
             removal: datapath_settings(&config),

@@ -3,7 +3,10 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -50,21 +53,23 @@ pub(super) fn signer(
     (signer, roots::follow(client, namespace, told))
 }
 
-/// Begins to tell.
+/// Begins to tell, while `writes` says that it is ours to tell.
 pub(super) fn begin(
     client: Client,
     shown: &Arc<Shown>,
     plugin: watch::Receiver<Installed>,
+    writes: &Arc<AtomicBool>,
     tasks: &mut Vec<JoinHandle<()>>,
 ) {
     let node = shown.settings.node.clone();
     let (events, writing) = Events::start(client.clone(), node.clone());
     tasks.push(tokio::spawn(writing));
-    tasks.push(tokio::spawn(report(Arc::clone(shown), events)));
+    let reporting = report(Arc::clone(shown), events, Arc::clone(writes));
+    tasks.push(tokio::spawn(reporting));
     let of_node = Arc::clone(shown);
-    tasks.push(tokio::spawn(status::keep(client, node, move || {
-        node_status(&of_node, &plugin.borrow())
-    })));
+    let now = move || node_status(&of_node, &plugin.borrow());
+    let keeping = status::keep(client, node, Arc::clone(writes), now);
+    tasks.push(tokio::spawn(keeping));
 }
 
 fn node_status(shown: &Shown, plugin: &Installed) -> MeshNodeStatus {
@@ -211,12 +216,15 @@ fn local(mesh: &Mesh) -> impl Iterator<Item = &Arc<Workload>> {
 }
 
 /// Events on what a person should look at.
-async fn report(shown: Arc<Shown>, events: Events) {
+async fn report(shown: Arc<Shown>, events: Events, writes: Arc<AtomicBool>) {
     let mut since = Since::default();
     let mut ticks = interval(LOOK);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
+        if !writes.load(Ordering::Acquire) {
+            continue;
+        }
         let now = Instant::now();
         let failed: Vec<_> = {
             let mesh = shown.mesh.load();

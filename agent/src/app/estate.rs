@@ -37,7 +37,7 @@ pub(super) struct Estate {
     pub(super) datapath: Arc<Datapath>,
     /// Held from `commit` to the end, or until the successor died.
     pub(super) paused: Mutex<Option<Paused>>,
-    /// The snapshot is ours to write.
+    /// The snapshot, the node's own files and its MeshNode are ours to write.
     pub(super) writes: Arc<AtomicBool>,
     /// Those who accept from sockets that the successor shares or has put its own in the place of.
     pub(super) accepting: Vec<AbortHandle>,
@@ -91,6 +91,8 @@ impl predecessor::Estate for Estate {
     fn leave(&self) -> BoxFuture<'_, ()> {
         Box::pin(async {
             self.sockets.give_up();
+            // With the server of the CNI socket those that wait end, too: what they wait for is not
+            // done here any more.
             for task in &self.accepting {
                 task.abort();
             }

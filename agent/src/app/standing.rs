@@ -1,12 +1,17 @@
 //! What the CNI plugin's callers are told of a pod: whether it is meshed the mesh says, where it is
 //! captured the kernel half.
 //!
-//! **What was heard last counts,** also while namespaces cannot be listed or watched and may be in the
-//! mesh meanwhile. To answer [`Standing::Unknown`] then would protect nobody: the plugin would go by
-//! its file, which is written from the same namespaces and lets the same pods start, only ten seconds
-//! later. And pods that are not meshed, in a namespace where others have joined one by one, would not
-//! start at all until the API server answers. A pod whose namespace joined in that time is captured as
-//! soon as that is heard. A namespace that was *never* heard of is another matter.
+//! **What was heard last of a namespace counts,** if it can be neither listed nor watched for long. To
+//! answer [`Standing::Unknown`] for ever would protect nobody: the plugin would go by its file, which
+//! is written from the same namespaces and lets the same pods start. And pods that are not meshed, in
+//! a namespace where others have joined one by one, would not start at all until namespaces are heard
+//! again. A pod whose namespace joined in that time is captured as soon as that is heard.
+//!
+//! **But not at once.** After a restart of the API server pods are often heard seconds before
+//! namespaces are. A pod that is new in that time is [`Standing::Unknown`] until they were listed, or
+//! each watch has tried again (`k8s::watch`); a little less than the server of the CNI socket waits
+//! for, so that it is not the plugin's file that decides. While nothing fails, two watches may still
+//! tell of a namespace a moment later than of its pods, and nothing here knows.
 
 use std::sync::Arc;
 

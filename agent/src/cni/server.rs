@@ -34,6 +34,7 @@ use thiserror::Error;
 use tokio::{
     io::{Interest, unix::AsyncFd},
     sync::{OwnedSemaphorePermit, Semaphore},
+    task::JoinSet,
     time::{Instant, sleep, timeout},
 };
 use tracing::{debug, info, warn};
@@ -138,7 +139,8 @@ impl Server {
         })
     }
 
-    /// Serves until the end begins. Who waits then is hung up on, and asks the next agent.
+    /// Serves until the end begins. Who waits then is hung up on, and asks the next agent; so is
+    /// everybody when the future is dropped, and that agent is there already.
     pub async fn serve(
         self,
         pods: Arc<dyn Pods>,
@@ -148,6 +150,8 @@ impl Server {
     ) {
         let places = Arc::new(Semaphore::new(CALLS));
         let waiting = Arc::new(Semaphore::new(WAITING));
+        // They end with this future.
+        let mut calls = JoinSet::new();
         loop {
             let place = places.clone().acquire_owned();
             let accepted = async {
@@ -157,13 +161,15 @@ impl Server {
             };
             let (place, accepted) = tokio::select! {
                 accepted = accepted => accepted,
+                // Nothing is kept of a call that has ended.
+                Some(_) = calls.join_next() => continue,
                 () = drain.begun() => return,
             };
             match accepted {
                 Ok(socket) => {
                     let (pods, sandboxes) = (Arc::clone(&pods), Arc::clone(&sandboxes));
-                    let (mut drain, waiting) = (drain.clone(), Arc::clone(&waiting));
-                    tokio::spawn(async move {
+                    let waiting = Arc::clone(&waiting);
+                    calls.spawn(async move {
                         let call = Call {
                             pods: &*pods,
                             sandboxes: &sandboxes,
@@ -171,11 +177,8 @@ impl Server {
                             place: Mutex::new(place),
                             waiting: &waiting,
                         };
-                        tokio::select! {
-                            served = call.serve(socket) => if let Err(error) = served {
-                                debug!(%error, "a caller of the CNI socket broke");
-                            },
-                            () = drain.begun() => {}
+                        if let Err(error) = call.serve(socket).await {
+                            debug!(%error, "a caller of the CNI socket broke");
                         }
                     });
                 }

@@ -1,7 +1,14 @@
 //! Keeps this node's [`MeshNode`]: compares what should stand there with what was written last,
-//! and writes when that differs, or when it was long ago (somebody may have changed it).
+//! and writes when that differs, or when it was long ago (somebody may have changed it). Of two
+//! agents that change places one writes at a time.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use k8s_openapi::{
     api::core::v1::Node, apimachinery::pkg::apis::meta::v1::OwnerReference, jiff::Timestamp,
@@ -25,8 +32,13 @@ const LOOK: Duration = Duration::from_secs(2);
 /// Written anew without a change.
 const REFRESH: Duration = Duration::from_secs(600);
 
-/// Writes what `now` says, until dropped.
-pub async fn keep(client: Client, node: Arc<str>, now: impl Fn() -> MeshNodeStatus + Send) {
+/// Writes what `now` says, until dropped; nothing while `writes` says no: then another agent does.
+pub async fn keep(
+    client: Client,
+    node: Arc<str>,
+    writes: Arc<AtomicBool>,
+    now: impl Fn() -> MeshNodeStatus + Send,
+) {
     let api = Api::<MeshNode>::all(client.clone());
     let mut pause = Pause::default();
     let mut complained = false;
@@ -37,6 +49,12 @@ pub async fn keep(client: Client, node: Arc<str>, now: impl Fn() -> MeshNodeStat
         Err(_) => MeshNodeStatus::default(),
     };
     loop {
+        if !writes.load(Ordering::Acquire) {
+            // Should it be ours again, it is not what we wrote last.
+            written = None;
+            sleep(LOOK).await;
+            continue;
+        }
         let mut status = now();
         date(&mut status.conditions, &last.conditions, Timestamp::now());
         let due = written
@@ -133,19 +151,23 @@ mod tests {
             ..MeshNodeStatus::default()
         }));
         let now = Arc::clone(&status);
-        let keeping = keep(server.client(), "n1".into(), move || now.lock().clone());
+        let writes = Arc::new(AtomicBool::new(true));
+        let of_agent = Arc::clone(&writes);
+        let keeping = keep(server.client(), "n1".into(), of_agent, move || {
+            now.lock().clone()
+        });
         let keeping = tokio::spawn(keeping);
         sleep(Duration::from_secs(10)).await;
         let own = server.get(MESH_NODES, "/n1").unwrap();
         assert_eq!(own["status"]["version"], "1");
         assert_eq!(own["metadata"]["ownerReferences"][0]["uid"], "uid-n1");
-        let writes = |server: &Server| {
+        let written = |server: &Server| {
             let all = server.requests();
             all.iter().filter(|one| one.starts_with("PATCH")).count()
         };
-        let before = writes(&server);
+        let before = written(&server);
         sleep(Duration::from_secs(60)).await;
-        assert_eq!(writes(&server), before, "nothing has changed");
+        assert_eq!(written(&server), before, "nothing has changed");
 
         // What happens while the API server is away is written when it is back.
         server.set_away(true);
@@ -155,6 +177,17 @@ mod tests {
         sleep(Duration::from_secs(15)).await;
         let own = server.get(MESH_NODES, "/n1").unwrap();
         assert_eq!(own["status"]["pods"]["captured"], 7);
+
+        // A successor has it, whatever its predecessor still sees; then that one died.
+        writes.store(false, Ordering::Release);
+        let before = written(&server);
+        status.lock().pods.captured = 0;
+        sleep(2 * REFRESH).await;
+        assert_eq!(written(&server), before);
+        writes.store(true, Ordering::Release);
+        sleep(2 * LOOK).await;
+        let own = server.get(MESH_NODES, "/n1").unwrap();
+        assert_eq!(own["status"]["pods"]["captured"], 0);
         keeping.abort();
     }
 

@@ -44,7 +44,8 @@ pub struct Workload {
     pub host_network: bool,
     /// Meshed by desired state: labels say so and it is not exempt.
     pub meshed: bool,
-    /// It depends on its namespace, which is not known yet: pods and namespaces are told apart.
+    /// It depends on its namespace, which is not known yet, or not as it was when the pod was made:
+    /// pods and namespaces are told apart.
     pub undecided: bool,
     /// Its labels ask for the mesh, and a policy that only the CNI enforces keeps it outside.
     pub refused: Option<Arc<str>>,
@@ -254,8 +255,8 @@ fn workloads<'a>(
         }
 
         let meshed = is_meshed(pod, namespace, &settings.namespace);
-        let undecided =
-            known.is_none() && !meshed && is_meshed(pod, &opted_in, &settings.namespace);
+        let early = known.is_none() || objects.early.contains(&pod.uid);
+        let undecided = early && !meshed && is_meshed(pod, &opted_in, &settings.namespace);
         let local = pod.node.as_ref() == Some(&settings.node);
         let served = local && !pod.host_network;
         let policy = served.then(|| {

@@ -6,7 +6,11 @@ mod policies;
 mod ranges;
 mod table;
 
-use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    sync::Arc,
+};
 
 use ipnet::IpNet;
 use picomesh_common::PortRange;
@@ -35,6 +39,8 @@ pub struct Objects {
     pub mesh_tls_authentications: BTreeMap<ObjectKey, Arc<MeshTlsAuthentication>>,
     pub network_authentications: BTreeMap<ObjectKey, Arc<NetworkAuthentication>>,
     pub network_policies: BTreeMap<ObjectKey, Arc<NetworkPolicy>>,
+    /// Pods that came while nobody told of namespaces: theirs may have joined the mesh before.
+    pub early: BTreeSet<PodUid>,
 }
 
 /// One object of any kind that we read.

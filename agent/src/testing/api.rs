@@ -56,6 +56,8 @@ struct Collection {
     forgotten: u64,
     /// And it is the answer to the watch itself that says so.
     refuses: bool,
+    /// As with a conversion that is broken: 500, whatever is asked.
+    fails: bool,
 }
 
 impl Api {
@@ -152,6 +154,14 @@ impl Api {
         collection.watches.clear();
     }
 
+    /// Fails at every request for this kind, or no longer; its watches end.
+    pub(crate) fn set_failing(&self, collection: &str, fails: bool) {
+        let mut collections = self.0.collections.lock();
+        let collection = collections.entry(collection.to_owned()).or_default();
+        collection.fails = fails;
+        collection.watches.clear();
+    }
+
     /// What happens to a collection while nobody is told: its watches are cut, silently.
     pub(crate) fn cut(&self, collection: &str) {
         let mut collections = self.0.collections.lock();
@@ -232,6 +242,12 @@ impl Api {
             .get("fieldSelector")
             .and_then(|field| field.strip_prefix("metadata.name%3D"));
         let collection = collections.entry(path.to_owned()).or_default();
+        if collection.fails {
+            return status(
+                StatusCode::INTERNAL_SERVER_ERROR,
+                "conversion webhook failed",
+            );
+        }
         let passes = |object: &&Value| one.is_none_or(|name| object["metadata"]["name"] == *name);
         if query.contains_key("watch") {
             let from = query

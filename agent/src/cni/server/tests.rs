@@ -11,7 +11,11 @@ use std::{
 use parking_lot::Mutex;
 use serde_json::Value;
 use socket2::{Domain, SockAddr, Socket, Type};
-use tokio::{sync::watch, task::spawn_blocking, time::sleep};
+use tokio::{
+    sync::watch,
+    task::{AbortHandle, spawn_blocking},
+    time::sleep,
+};
 
 use super::*;
 use crate::cni::{intent::Intent, message::PROTOCOL, plugin, sandboxes::Paths};
@@ -45,6 +49,7 @@ struct World {
     known: Arc<Known>,
     paths: watch::Receiver<Paths>,
     drain: drain::Drain,
+    serving: AbortHandle,
 }
 
 fn serve() -> World {
@@ -61,12 +66,13 @@ fn serve() -> World {
         known: Duration::from_millis(500),
         captured: Duration::from_millis(800),
     };
-    tokio::spawn(server.serve(known.clone(), sandboxes, patience, guard));
+    let serving = tokio::spawn(server.serve(known.clone(), sandboxes, patience, guard));
     World {
         dir,
         known,
         paths,
         drain,
+        serving: serving.abort_handle(),
     }
 }
 
@@ -203,6 +209,7 @@ async fn who_waits_when_the_agent_ends_is_hung_up_on() {
         known,
         paths,
         drain,
+        serving,
     } = world;
     tokio::spawn(async move {
         sleep(Duration::from_millis(100)).await;
@@ -214,11 +221,29 @@ async fn who_waits_when_the_agent_ends_is_hung_up_on() {
         known,
         paths,
         drain: other,
+        serving,
     };
     let begun = Instant::now();
     let message = world.refusal("u").await;
     assert!(begun.elapsed() < Duration::from_millis(700));
     assert!(message.contains("ended before it answered"), "{message}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_waits_when_the_place_is_anothers_is_hung_up_on_while_connections_finish() {
+    let world = serve();
+    world.known.set("u", Standing::Awaited { reason: None });
+    let serving = world.serving.clone();
+    tokio::spawn(async move {
+        sleep(Duration::from_millis(100)).await;
+        serving.abort();
+    });
+    let begun = Instant::now();
+    let message = world.refusal("u").await;
+    assert!(begun.elapsed() < Duration::from_millis(700));
+    assert!(message.contains("ended before it answered"), "{message}");
+    // The drain has not even begun.
+    world.drain.drain(Duration::from_secs(1)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

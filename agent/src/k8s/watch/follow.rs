@@ -2,7 +2,9 @@
 //!
 //! The library lists, watches, pages, resumes and lists anew after 410 Gone. Here is what it leaves
 //! to us: how long to wait after an error; a kind whose definition is missing, or comes, or goes;
-//! and that a watch which cannot even begin where the last one ended begins from nothing.
+//! and that a watch which cannot even begin where the last one ended begins from nothing. So do
+//! namespaces after any error: a watch that goes on says nothing until something happens, and only
+//! a list tells that nothing was missed. They are few.
 
 use std::{collections::BTreeSet, fmt, io, sync::Arc, time::Duration};
 
@@ -309,7 +311,7 @@ async fn watch_version(
             },
             Ok(Event::Delete(seen)) => Told::Gone(seen),
             Err(error) => {
-                let from_nothing = is_expired(&error);
+                let from_nothing = is_expired(&error) || watched == Watched::Mesh(Kind::Namespace);
                 debug!(kind = resource.kind, %error, "watching");
                 // That is no failure: the API server has forgotten what we knew last.
                 if !is_relist(&error) {

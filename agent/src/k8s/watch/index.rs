@@ -6,10 +6,13 @@
 //! again or is gone.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     fmt,
     sync::Arc,
+    time::Duration,
 };
+
+use tokio::time::Instant;
 
 use super::{
     super::{Converter, FieldError, Seen, foreign::Foreign, share::Strings},
@@ -45,6 +48,13 @@ impl fmt::Display for Fault {
 
 type Name = (Arc<str>, Arc<str>);
 
+const NAMESPACES: Watched = Watched::Mesh(Kind::Namespace);
+
+/// How long a pod that came while namespaces were not heard is neither in the mesh nor outside. Each
+/// watch tries again within its longest pause; and the CNI server, which waits ten seconds to know a
+/// pod, still hears what counts then.
+pub(super) const EARLY: Duration = Duration::from_secs(9);
+
 /// People mend one after the other; of more only the number is told.
 const MOST_FAULTS: usize = 1000;
 
@@ -68,6 +78,10 @@ pub(super) struct Index {
     unjudged: bool,
     /// Slices as the API server has them, where what is in force is kinder.
     held: BTreeMap<ObjectKey, EndpointSlice>,
+    /// What happens to namespaces is heard: they were listed, and nothing has failed since.
+    namespaces_well: bool,
+    /// Since when each pod is early, in order ([`Objects::early`]).
+    early: VecDeque<(Instant, PodUid)>,
 }
 
 /// How far a kind is known.
@@ -94,6 +108,8 @@ impl Index {
             foreign: Foreign::default(),
             unjudged: false,
             held: BTreeMap::new(),
+            namespaces_well: false,
+            early: VecDeque::new(),
         }
     }
 
@@ -144,14 +160,15 @@ impl Index {
 
     /// Takes in what a watch has told. `doubtful`: the API server may not know yet who is ready.
     /// `true`: the objects, or what is wrong with some, are not what they were.
-    pub(super) fn hear(&mut self, of: Watched, told: Told, doubtful: bool) -> bool {
-        let changed = self.take_in(of, told, doubtful);
+    pub(super) fn hear(&mut self, of: Watched, told: Told, now: Instant, doubtful: bool) -> bool {
+        let changed = self.take_in(of, told, now, doubtful);
         std::mem::take(&mut self.faults_changed) || changed
     }
 
-    fn take_in(&mut self, of: Watched, told: Told, doubtful: bool) -> bool {
+    fn take_in(&mut self, of: Watched, told: Told, now: Instant, doubtful: bool) -> bool {
         match told {
             Told::Listing => {
+                self.namespaces_well &= of != NAMESPACES;
                 self.known(of).listed = Some(BTreeSet::new());
                 false
             }
@@ -166,7 +183,7 @@ impl Index {
                     listed.insert(name_of(&seen));
                 }
                 match of {
-                    Watched::Mesh(kind) => self.apply(kind, &seen, &api_version, doubtful),
+                    Watched::Mesh(kind) => self.apply(kind, &seen, &api_version, now, doubtful),
                     Watched::Foreign(kind) => {
                         self.judged_anew(|foreign| foreign.apply(kind, &seen))
                     }
@@ -180,7 +197,10 @@ impl Index {
                 }
                 Watched::Foreign(kind) => self.judged_anew(|foreign| foreign.delete(kind, &seen)),
             },
-            Told::Failed { .. } => false,
+            Told::Failed { .. } => {
+                self.namespaces_well &= of != NAMESPACES;
+                false
+            }
         }
     }
 
@@ -188,8 +208,14 @@ impl Index {
         self.kinds.entry(of).or_default()
     }
 
-    /// Only now it is certain who is gone.
+    /// Only now it is certain who is gone, and where every pod belongs that was told before.
     fn end_list(&mut self, of: Watched) -> bool {
+        let decided = of == NAMESPACES && !self.objects.early.is_empty();
+        if of == NAMESPACES {
+            self.namespaces_well = true;
+            self.early.clear();
+            self.objects.early.clear();
+        }
         let known = self.known(of);
         let first = !std::mem::replace(&mut known.complete, true);
         let listed = known.listed.take().unwrap_or_default();
@@ -199,7 +225,7 @@ impl Index {
                 self.judged_anew(|foreign| foreign.retain(kind, |name| listed.contains(name)))
             }
         };
-        changed || first
+        changed || first || decided
     }
 
     fn judged_anew(&mut self, change: impl FnOnce(&mut Foreign) -> bool) -> bool {
@@ -230,7 +256,37 @@ impl Index {
         changed
     }
 
-    fn apply(&mut self, kind: Kind, seen: &Seen, api_version: &str, doubtful: bool) -> bool {
+    /// Of whom nothing more may be heard in time, what was heard last counts.
+    pub(super) fn decide(&mut self, now: Instant) -> bool {
+        let mut changed = false;
+        while let Some((_, uid)) = self.early.pop_front_if(|(since, _)| *since + EARLY <= now) {
+            changed |= self.objects.early.remove(&uid);
+        }
+        changed
+    }
+
+    /// When that is next.
+    pub(super) fn decides_at(&self) -> Option<Instant> {
+        self.early.front().map(|(since, _)| *since + EARLY)
+    }
+
+    /// One that was known before is what it was.
+    fn may_be_early(&mut self, pod: &Pod, now: Instant) {
+        let ours = pod.node.as_ref().is_none_or(|node| *node == self.node);
+        if !self.namespaces_well && ours && !self.objects.pods.contains_key(&pod.uid) {
+            self.objects.early.insert(Arc::clone(&pod.uid));
+            self.early.push_back((now, Arc::clone(&pod.uid)));
+        }
+    }
+
+    fn apply(
+        &mut self,
+        kind: Kind,
+        seen: &Seen,
+        api_version: &str,
+        now: Instant,
+        doubtful: bool,
+    ) -> bool {
         let name = name_of(seen);
         match kind.read(seen, &self.converter) {
             Ok(Some(object)) => {
@@ -240,6 +296,9 @@ impl Index {
                     && pod.terminal
                 {
                     return self.take(kind, &name);
+                }
+                if let Object::Pod(pod) = &object {
+                    self.may_be_early(pod, now);
                 }
                 if let Object::EndpointSlice(slice) = object {
                     return self.put_slice(slice, doubtful);
@@ -438,7 +497,7 @@ mod tests {
                 seen,
                 api_version: "v1".into(),
             };
-            index.hear(of, told, false)
+            index.hear(of, told, Instant::now(), false)
         };
         for number in 0..MOST_FAULTS + 5 {
             assert!(hear(&mut index, service(number, "nowhere")));
@@ -462,8 +521,8 @@ mod tests {
             (index.faults().count(), index.more_faults()),
             (MOST_FAULTS - 1, 4)
         );
-        index.hear(of, Told::Listing, false);
-        index.hear(of, Told::Listed, false);
+        index.hear(of, Told::Listing, Instant::now(), false);
+        index.hear(of, Told::Listed, Instant::now(), false);
         assert_eq!((index.faults().count(), index.more_faults()), (0, 0));
     }
 }

@@ -30,10 +30,10 @@ use tracing::{debug, info, warn};
 use super::Converter;
 use crate::state::{
     Mesh, MeshStore,
-    objects::{MeshSettings, Objects},
+    objects::{Kind, MeshSettings, Objects},
 };
 
-use follow::{Message, Told};
+use follow::{Message, Told, Watched};
 use index::Index;
 
 pub use index::Fault;
@@ -79,7 +79,7 @@ pub async fn run(
     let mut watches = JoinSet::new();
     let (known, definitions) = watch::channel(None);
     watches.spawn(follow::definitions(client.clone(), known));
-    for watched in follow::Watched::all() {
+    for watched in Watched::all() {
         let (client, tell, definitions) = (client.clone(), tell.clone(), definitions.clone());
         watches.spawn(follow::follow(client, watched, definitions, tell));
     }
@@ -119,12 +119,19 @@ pub async fn run(
     }
 }
 
-/// When the API server did not answer last, and since when. A watch that is cut notices at the end
-/// of an absence as often as at its beginning, so it may have begun with the last word of any watch.
+/// When the API server did not answer last, and since when, as the watch of EndpointSlices finds it.
+///
+/// Only that watch counts: whoever is away breaks it too, and one kind that goes on failing, as one
+/// whose conversion is broken, would keep everybody ready for ever. What *was heard* counts from all
+/// of them. A watch that is cut notices at the end of an absence as often as at its beginning, so it
+/// may have begun with the last word of any watch; and what fails after a word is another absence.
 #[derive(Clone, Copy, Debug, Default)]
 struct Outage {
     heard: Option<Instant>,
+    /// The first failure in a row, or the word before it, and the last.
     seen: Option<(Instant, Instant)>,
+    /// Until then it may not know what it should. A short absence behind a long one ends no doubt.
+    doubt: Option<Instant>,
     told: bool,
 }
 
@@ -139,17 +146,23 @@ impl Outage {
         let since = self.heard.unwrap_or(now).min(silent);
         let first = match self.seen {
             // Watches try again at least so often.
-            Some((first, last)) if now - last < 3 * follow::LONGEST_PAUSE => first.min(silent),
+            Some((first, last))
+                if now - last < 3 * follow::LONGEST_PAUSE
+                    && self.heard.is_none_or(|heard| heard <= last) =>
+            {
+                first.min(silent)
+            }
             Some(_) | None => since,
         };
         self.seen = Some((first, now));
+        if now - first >= SHORT_ABSENCE {
+            self.doubt = Some(now + CAREFUL + follow::LONGEST_PAUSE);
+        }
     }
 
     /// It answers again, and may not know yet what it should.
     fn is_doubtful(&self, now: Instant) -> bool {
-        self.seen.is_some_and(|(first, last)| {
-            last - first >= SHORT_ABSENCE && now - last < CAREFUL + follow::LONGEST_PAUSE
-        })
+        self.doubt.is_some_and(|until| now < until)
     }
 }
 
@@ -176,8 +189,9 @@ struct Writer<F> {
 impl<F: FnOnce() + Send> Writer<F> {
     fn hear(&mut self, Message { watched, told }: Message) {
         let now = Instant::now();
-        if let Told::Failed { error, away } = told {
-            if let Some(silent) = away {
+        if let Told::Failed { error, away } = &told {
+            let of_slices = watched == Watched::Mesh(Kind::EndpointSlice);
+            if let Some(silent) = away.filter(|_| of_slices) {
                 self.outage.failed(now, silent);
             }
             if !self.outage.told {
@@ -185,10 +199,8 @@ impl<F: FnOnce() + Send> Writer<F> {
                        should; what is known stays in force");
                 self.outage.told = true;
             }
-            return;
-        }
-        // A list that begins is no answer yet.
-        if !matches!(told, Told::Listing) {
+        } else if !matches!(told, Told::Listing) {
+            // A list that begins is no answer yet.
             self.outage.heard(now);
             if std::mem::take(&mut self.outage.told) {
                 info!("the API server answers again");
@@ -196,7 +208,7 @@ impl<F: FnOnce() + Send> Writer<F> {
         }
         let doubtful = self.outage.is_doubtful(now);
         let Some(index) = &mut self.index else { return };
-        if index.hear(watched, told, doubtful) {
+        if index.hear(watched, told, now, doubtful) {
             let soon = now + self.wait();
             self.due = Some(self.due.map_or(soon, |due| due.min(soon)));
         }
@@ -209,7 +221,9 @@ impl<F: FnOnce() + Send> Writer<F> {
     fn next_look(&self) -> Instant {
         let first = [self.due, self.loaded.as_ref().map(|_| self.remind)];
         let due = first.into_iter().flatten().min();
-        due.unwrap_or_else(|| Instant::now() + Duration::from_secs(1))
+        let due = due.unwrap_or_else(|| Instant::now() + Duration::from_secs(1));
+        let decides = self.index.as_ref().and_then(Index::decides_at);
+        decides.map_or(due, |decides| due.min(decides))
     }
 
     /// Something may be due.
@@ -217,6 +231,9 @@ impl<F: FnOnce() + Send> Writer<F> {
         let now = Instant::now();
         let Some(index) = &mut self.index else { return };
         if !self.outage.is_doubtful(now) && index.release() {
+            self.due.get_or_insert(now);
+        }
+        if index.decide(now) {
             self.due.get_or_insert(now);
         }
         if self.loaded.is_some() && !index.is_complete() {

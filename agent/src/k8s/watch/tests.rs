@@ -418,6 +418,104 @@ async fn an_absence_counts_from_the_last_word_before_it() {
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_kind_that_goes_on_failing_keeps_no_endpoint_ready() {
+    let api = cluster();
+    api.define("servers", "policy.linkerd.io", "v1beta3");
+    let mut world = World::start(&api, None);
+    world.ready().await;
+    api.set_failing(SERVERS, true);
+    sleep(Duration::from_secs(60)).await;
+    api.put(SLICES, slice([true, false]));
+    let so = |objects: &Arc<Objects>| ready_endpoints(objects) == [true, false];
+    let told = tokio::time::timeout(Duration::from_secs(1), world.objects.wait_for(so));
+    told.await.expect("within a second").unwrap();
+}
+
+/// Is it known of a pod in which namespace it is?
+fn decided(uid: &str, meshed: bool) -> impl Fn(&Mesh) -> bool {
+    move |mesh| {
+        let pod = mesh.workloads.get(uid);
+        pod.is_some_and(|pod| !pod.undecided && pod.meshed == meshed)
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_that_comes_before_its_namespace_is_heard_again_is_undecided() {
+    let api = cluster();
+    api.put(NAMESPACES, namespace("shop", false));
+    let mut world = World::start(&api, None);
+    world.ready().await;
+    api.set_failing(NAMESPACES, true);
+    sleep(Duration::from_secs(1)).await;
+    // Said in this order, and told in the other.
+    api.put(NAMESPACES, namespace("shop", true));
+    api.put(PODS, pod("c", "n1", "10.1.0.3"));
+    let mut own = pod("own", "n1", "10.1.0.4");
+    own["metadata"]["labels"] = json!({"picomesh.io/mesh": "disabled"});
+    api.put(PODS, own);
+    world
+        .until("the new pods", |mesh| mesh.workloads.len() == 4)
+        .await;
+    assert!(world.pod("uid-c").unwrap().undecided);
+    let of = |uid| world.pod(uid).unwrap();
+    assert!(!of("uid-a").undecided, "it is what it was");
+    assert!(!of("uid-own").undecided, "its namespace does not matter");
+
+    api.set_failing(NAMESPACES, false);
+    let begun = Instant::now();
+    world.until("it is meshed", decided("uid-c", true)).await;
+    assert!(begun.elapsed() < follow::LONGEST_PAUSE + LONGEST_WAIT);
+}
+
+#[tokio::test(start_paused = true)]
+async fn while_namespaces_are_not_heard_their_last_word_counts_before_the_plugin_guesses() {
+    let api = cluster();
+    api.put(NAMESPACES, namespace("shop", false));
+    let mut world = World::start(&api, None);
+    world.ready().await;
+    api.set_failing(NAMESPACES, true);
+    sleep(Duration::from_secs(60)).await;
+    api.put(PODS, pod("c", "n1", "10.1.0.3"));
+    let begun = Instant::now();
+    let known = |mesh: &Mesh| mesh.workloads.contains_key("uid-c");
+    world.until("the new pod", known).await;
+    assert!(world.pod("uid-c").unwrap().undecided);
+    world.until("it is plain", decided("uid-c", false)).await;
+    assert!(begun.elapsed() >= index::EARLY);
+    let waits = crate::cni::server::Patience::default().known;
+    assert!(begun.elapsed() < waits, "{:?}", begun.elapsed());
+
+    // Namespaces that are heard again leave nobody in doubt, although nothing happens to them.
+    api.set_failing(NAMESPACES, false);
+    sleep(2 * follow::LONGEST_PAUSE).await;
+    api.put(PODS, pod("d", "n1", "10.1.0.5"));
+    let begun = Instant::now();
+    world.until("at once", decided("uid-d", false)).await;
+    assert!(begun.elapsed() < Duration::from_secs(1));
+}
+
+#[test]
+fn failures_with_words_between_them_are_no_absence_and_end_none() {
+    let second = Duration::from_secs(1);
+    let mut now = Instant::now() + 3600 * second;
+    let mut outage = Outage::default();
+    // A proxy that cuts the watch again and again.
+    for _ in 0..10 {
+        outage.heard(now);
+        now += 5 * second;
+        outage.failed(now, Duration::ZERO);
+        now += 5 * second;
+        assert!(!outage.is_doubtful(now));
+    }
+    // It is away, and comes and goes before it stays.
+    outage.failed(now, Duration::ZERO);
+    outage.heard(now + second);
+    outage.failed(now + 2 * second, Duration::ZERO);
+    assert!(outage.is_doubtful(now + CAREFUL));
+    assert!(!outage.is_doubtful(now + 2 * CAREFUL));
+}
+
 #[test]
 fn a_connection_that_fell_silent_was_absent_for_as_long() {
     let now = Instant::now() + Duration::from_secs(3600);
