@@ -118,6 +118,8 @@ pub struct Agent {
     /// How far a successor has come.
     progress: watch::Receiver<Progress>,
     cluster: Option<OnCluster>,
+    /// The mesh is being taken off this cluster, and every pod leaves it.
+    removed: Arc<AtomicBool>,
     /// Held for as long as it is ours.
     dirs: HeldDirs,
 }
@@ -363,9 +365,11 @@ pub async fn start(
 
     // From here on the mesh drives everything.
     let changes = mesh.subscribe();
+    let removed = Arc::new(AtomicBool::new(false));
     let known = standing::Known {
         mesh: mesh.clone(),
         datapath: datapath.clone(),
+        removed: removed.clone(),
     };
     let follow = tokio::spawn(follow_mesh(Follow {
         mesh,
@@ -488,6 +492,7 @@ pub async fn start(
         follow_mesh,
         progress,
         cluster,
+        removed,
         dirs,
     })
 }
@@ -548,7 +553,6 @@ impl Agent {
     /// the mesh is being taken off its cluster: then every pod leaves it, and nothing stays.
     pub async fn end(self, deadline: Duration) {
         info!(?deadline, "ending: open connections may finish");
-        let removed = AtomicBool::new(false);
         let drain = async {
             let begun = Instant::now();
             // A removal that began this very moment shall still be heard of. Whoever calls meanwhile
@@ -564,7 +568,7 @@ impl Agent {
         let drained = tokio::select! {
             // First: what is seen last is seen before the drain ends.
             biased;
-            never = self.leave_if_removed(&removed) => match never {},
+            never = self.leave_if_removed() => match never {},
             drained = drain => drained,
         };
         match drained {
@@ -585,7 +589,7 @@ impl Agent {
             task.abort();
         }
         if let Some(on) = self.cluster
-            && removed.into_inner()
+            && self.removed.load(Ordering::Acquire)
         {
             let dirs = self.dirs.lock().take();
             on.traces.remove().await;
@@ -595,16 +599,18 @@ impl Agent {
     }
 
     /// New connections of all pods go their old way from here on; those that we carry finish.
-    async fn leave_if_removed(&self, removed: &AtomicBool) -> Infallible {
+    async fn leave_if_removed(&self) -> Infallible {
         if let Some(on) = &self.cluster
             && cluster::removal_shows(on.leaving.clone(), SHOWS).await
             // Whoever was succeeded has nothing left to take out.
             && self.dirs.lock().is_some()
         {
             info!("the mesh is being taken off this cluster: every pod leaves it");
-            removed.store(true, Ordering::Release);
+            self.removed.store(true, Ordering::Release);
             self.follow_mesh.abort();
             self.desired.send_replace(Arc::default());
+            // Until the end nobody else's pod shall wait for us.
+            on.traces.retire().await;
         }
         std::future::pending().await
     }

@@ -150,6 +150,7 @@ const CONTROLLER: &[Row] = &[
     may(APPROVAL, || approval("by-agent")),
     may("create -f -", || lease("picomesh-controller")),
     may("delete csr unwanted", nothing),
+    never("delete csr foreign", nothing, "picomesh.io/workload only"),
     // It decides, and makes nothing.
     never(STATUS, || certificate("by-agent"), "cannot patch"),
     never(APPROVAL, || approval("foreign"), "not permitted to approve"),

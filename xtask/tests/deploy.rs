@@ -277,30 +277,45 @@ fn the_three_accounts_have_nothing_of_each_others() {
 }
 
 #[test]
-fn what_may_be_made_by_any_name_is_bound_by_an_admission_policy() {
+fn what_may_be_made_or_removed_by_any_name_is_bound_by_an_admission_policy() {
     let policies = of_kind("ValidatingAdmissionPolicy");
     let bindings = of_kind("ValidatingAdmissionPolicyBinding");
-    let bound: BTreeSet<_> = policies
-        .iter()
-        .flat_map(|(name, policy)| {
-            assert_eq!(policy["spec"]["failurePolicy"], "Fail", "{name}");
-            let binding = bindings
-                .get(name)
-                .unwrap_or_else(|| panic!("{name}: unbound"));
-            assert_eq!(binding["spec"]["policyName"], **name);
-            assert_eq!(binding["spec"]["validationActions"], json!(["Deny"]));
-            list(&policy["spec"]["matchConstraints"]["resourceRules"])
-        })
-        .flat_map(|rule| strings(&rule["resources"]))
-        .collect();
-    for (role, rule) in rules() {
-        if !strings(&rule["verbs"]).contains("create") {
-            continue;
+    // (operation, resource, the condition that says by whom)
+    let mut bound = Vec::new();
+    for (name, policy) in &policies {
+        assert_eq!(policy["spec"]["failurePolicy"], "Fail", "{name}");
+        let binding = bindings
+            .get(name)
+            .unwrap_or_else(|| panic!("{name}: unbound"));
+        assert_eq!(binding["spec"]["policyName"], **name);
+        assert_eq!(binding["spec"]["validationActions"], json!(["Deny"]));
+        let [by] = list(&policy["spec"]["matchConditions"]) else {
+            panic!("{name}: one condition is expected")
+        };
+        let by = string(&by["expression"]);
+        for rule in list(&policy["spec"]["matchConstraints"]["resourceRules"]) {
+            for operation in strings(&rule["operations"]) {
+                for resource in strings(&rule["resources"]) {
+                    bound.push((operation.clone(), resource, by.clone()));
+                }
+            }
         }
-        for resource in strings(&rule["resources"]) {
-            // What an Event says is bounded by nothing; it decides nothing either.
-            let free = resource == "events" || bound.contains(&resource);
-            assert!(free, "{role} makes {resource} by any name");
+    }
+    for (role, rule) in rules() {
+        let account = format!("'system:serviceaccount:picomesh-system:{role}'");
+        let verbs = strings(&rule["verbs"]);
+        for (verb, operation) in [("create", "CREATE"), ("delete", "DELETE")] {
+            if !verbs.contains(verb) {
+                continue;
+            }
+            for resource in strings(&rule["resources"]) {
+                // What an Event says is bounded by nothing; it decides nothing either.
+                let free = resource == "events"
+                    || bound.iter().any(|(at, of, by)| {
+                        at == operation && *of == resource && by.contains(&account)
+                    });
+                assert!(free, "{role} may {verb} {resource} by any name");
+            }
         }
     }
 }

@@ -66,7 +66,9 @@ async fn serve(config: ControlConfig) -> anyhow::Result<()> {
         "starting"
     );
     let client = client::connect(config.kubeconfig).await?;
-    let election = Election::new(client.clone(), &config.namespace, lease, &config.pod_name);
+    let (fit, is_fit) = watch::channel(true);
+    let election =
+        Election::new(client.clone(), &config.namespace, lease, &config.pod_name).while_fit(is_fit);
     let leading = election.leading();
     let of_metrics = (leading.clone(), counts.clone());
     let is_signer = matches!(config.role, Role::Signer(_));
@@ -99,6 +101,7 @@ async fn serve(config: ControlConfig) -> anyhow::Result<()> {
                 clock: Arc::new(SystemClock),
                 events,
                 leading,
+                fit,
                 counts,
             };
             tokio::spawn(async move { signer::run(settings, around, done, stop).await })

@@ -21,7 +21,7 @@ use tracing::{info, warn};
 use crate::{
     cni::{
         self,
-        install::{InstallSettings, Installed, Installer},
+        install::{InstallSettings, Installed, Installer, Removed},
         intent::Intent,
         keeping, running,
         sandboxes::Sandboxes,
@@ -143,6 +143,14 @@ impl Finding {
 }
 
 impl Traces {
+    /// The list that leads to the plugin; pods that start meanwhile do without.
+    pub(super) async fn retire(&self) {
+        let installer = Arc::clone(&self.installer);
+        if let Ok(removed) = spawn_blocking(move || installer.retire()).await {
+            tell(removed);
+        }
+    }
+
     /// The plugin and its file, as they are found now.
     pub(super) async fn remove(self) {
         let removed = spawn_blocking(move || {
@@ -158,15 +166,19 @@ impl Traces {
         let Ok((removed, file)) = removed.await else {
             return;
         };
-        for path in removed.done {
-            info!(path = %path.display(), "removed from the node");
-        }
-        for problem in removed.problems {
-            warn!(%problem, "not everything could be removed from the node");
-        }
+        tell(removed);
         if let Err(error) = file {
             warn!(%error, "what the CNI plugin went by could not be removed");
         }
+    }
+}
+
+fn tell(removed: Removed) {
+    for path in removed.done {
+        info!(path = %path.display(), "removed from the node");
+    }
+    for problem in removed.problems {
+        warn!(%problem, "not everything could be removed from the node");
     }
 }
 

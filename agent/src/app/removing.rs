@@ -18,8 +18,8 @@ pub(super) async fn remove(settings: DatapathSettings, dirs: Option<Dirs>) {
             error = format!("{error:#}"),
             "not everything could be removed"
         );
-        return;
     }
+    // In any case: keys are among it.
     if let Some(dirs) = dirs
         && let Err(error) = dirs.run.remove()
     {
@@ -104,6 +104,23 @@ mod tests {
             generation: Generation::default(),
         };
         (install, settings)
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_cleaned_keeps_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let (_, mut settings) = node(dir.path());
+        // No bpffs: nothing of the kernel half can be cleaned.
+        settings.bpf_dir = dir.path().into();
+        let lock = fs::File::open(dir.path()).unwrap();
+        let dirs = Dirs {
+            run: RunDir::open(&settings.run_dir).unwrap(),
+            bpf: BpfDir::inherit(dir.path(), lock.into()).unwrap(),
+        };
+        let keys = settings.run_dir.join(crate::snapshot::KEYS);
+        fs::write(&keys, "the keys").unwrap();
+        remove(settings, Some(dirs)).await;
+        assert!(!keys.exists());
     }
 
     #[tokio::test(start_paused = true)]

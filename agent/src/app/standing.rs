@@ -13,7 +13,10 @@
 //! for, so that it is not the plugin's file that decides. While nothing fails, two watches may still
 //! tell of a namespace a moment later than of its pods, and nothing here knows.
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
 
 use crate::{
     cni::server::{Named, Pods, Standing},
@@ -24,11 +27,16 @@ use crate::{
 pub struct Known {
     pub mesh: Arc<MeshStore>,
     pub datapath: Arc<Datapath>,
+    /// The mesh is being taken off, and nobody is captured any more.
+    pub removed: Arc<AtomicBool>,
 }
 
 impl Pods for Known {
     fn standing(&self, uid: &str) -> Standing {
-        standing(&self.mesh.load(), uid, |uid| self.datapath.capture(uid))
+        let removed = self.removed.load(Ordering::Acquire);
+        standing(removed, &self.mesh.load(), uid, |uid| {
+            self.datapath.capture(uid)
+        })
     }
 
     fn named(&self, namespace: &str, name: &str) -> Option<Named> {
@@ -47,7 +55,16 @@ fn named(mesh: &Mesh, namespace: &str, name: &str) -> Option<Named> {
     })
 }
 
-fn standing(mesh: &Mesh, uid: &str, capture: impl FnOnce(&str) -> Option<Capture>) -> Standing {
+fn standing(
+    removed: bool,
+    mesh: &Mesh,
+    uid: &str,
+    capture: impl FnOnce(&str) -> Option<Capture>,
+) -> Standing {
+    // Whatever the mesh still says: who waited for a capture would wait in vain.
+    if removed {
+        return Standing::NotMeshed;
+    }
     let Some(workload) = mesh.workloads.get(uid).filter(|workload| workload.local) else {
         return Standing::Unknown;
     };
@@ -82,7 +99,10 @@ mod tests {
         let beside = alone.clone() + &pod("shop/own", "n1", &["10.0.0.2"], own);
         for (manifests, opted_in, starts) in [(alone, None, true), (beside, Some(true), false)] {
             let mesh = mesh(&manifests);
-            assert_eq!(standing(&mesh, "uid-pod", |_| None), Standing::NotMeshed);
+            assert_eq!(
+                standing(false, &mesh, "uid-pod", |_| None),
+                Standing::NotMeshed
+            );
             let pods = [("shop", opted_in), ("shop", None)];
             let intent = Intent::of(&Intent::default(), [("shop", false)], pods, false);
             // Where it would be another answer, it would hold up a pod that is not meshed.
@@ -100,7 +120,7 @@ mod tests {
             + &pod("shop/own", "n1", &["10.0.0.3"], own)
             + &pod("kube-system/dns", "n1", &["10.0.0.4"], "");
         let early = mesh(&pods);
-        let of = |mesh: &Mesh, uid: &str| standing(mesh, uid, |_| None);
+        let of = |mesh: &Mesh, uid: &str| standing(false, mesh, uid, |_| None);
         assert_eq!(of(&early, "uid-pod"), Standing::Unknown);
         // Whatever its namespace says.
         assert_eq!(of(&early, "uid-out"), Standing::NotMeshed);
@@ -115,6 +135,17 @@ mod tests {
     }
 
     #[test]
+    fn while_the_mesh_is_taken_off_nobody_waits_for_a_capture() {
+        let mesh = mesh(&(meshed_namespace("shop", "") + &pod("shop/in", "n1", &["10.0.0.1"], "")));
+        let of = |removed, uid| standing(removed, &mesh, uid, |_| None);
+        assert_eq!(of(false, "uid-in"), Standing::Awaited { reason: None });
+        assert_eq!(of(true, "uid-in"), Standing::NotMeshed);
+        // Nor to be heard of.
+        assert_eq!(of(false, "uid-new"), Standing::Unknown);
+        assert_eq!(of(true, "uid-new"), Standing::NotMeshed);
+    }
+
+    #[test]
     fn the_mesh_says_whether_and_the_kernel_half_says_where() {
         let out = "labels: {picomesh.io/mesh: disabled}";
         let mesh = mesh(
@@ -123,7 +154,7 @@ mod tests {
                 + &pod("shop/out", "n1", &["10.0.0.2"], out)
                 + &pod("shop/far", "n2", &["10.0.0.3"], "")),
         );
-        let of = |uid: &str, capture: Option<Capture>| standing(&mesh, uid, |_| capture);
+        let of = |uid: &str, capture: Option<Capture>| standing(false, &mesh, uid, |_| capture);
         let netns = 7;
         let at = Some(Capture::At { netns });
         assert_eq!(of("uid-nobody", at.clone()), Standing::Unknown);

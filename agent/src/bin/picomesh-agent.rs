@@ -77,10 +77,11 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             let _pins = pins.transpose()?;
             // While the plugin is there, pods of the mesh do not start without an agent.
             let unplugged = app::finding::unplug(install);
-            small_runtime()?.block_on(Datapath::cleanup(settings))?;
+            let cleaned = small_runtime()?.block_on(Datapath::cleanup(settings));
             if let Some(held) = held {
                 held.remove()?;
             }
+            cleaned?;
             unplugged?;
             if wait {
                 small_runtime()?.block_on(app::asked_to_end())?;

@@ -23,7 +23,8 @@
 //! program is there before the list, and goes only when no configuration is found that names it.
 //! While the original is newer than ours, pods start by what it was a moment ago.
 //!
-//! [`Installer::keep`] installs, watches and repairs; [`Installer::remove`] takes out what is ours.
+//! [`Installer::keep`] installs, watches and repairs; [`Installer::remove`] takes out what is ours,
+//! and [`Installer::retire`] before it the list alone.
 
 pub mod conflist;
 mod files;
@@ -42,6 +43,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use parking_lot::Mutex;
 use serde_json::json;
 use thiserror::Error;
 use tokio::{
@@ -146,6 +148,8 @@ pub enum InstallError {
 
 pub struct Installer {
     settings: InstallSettings,
+    /// Nothing is put in any more. Held while it is: nobody may put back what is just taken out.
+    over: Mutex<bool>,
 }
 
 /// What one look at the node has come to.
@@ -176,7 +180,10 @@ struct Original<'a> {
 
 impl Installer {
     pub fn new(settings: InstallSettings) -> Self {
-        Self { settings }
+        Self {
+            settings,
+            over: Mutex::new(false),
+        }
     }
 
     /// Installs, watches and repairs until the end begins. Before it is called the file of
@@ -264,6 +271,14 @@ impl Installer {
 
     /// Puts in what is missing, and takes out what shall not be there.
     pub fn ensure(&self) -> Result<Ensured, InstallError> {
+        let over = self.over.lock();
+        if *over {
+            return Ok(Ensured {
+                now: Installed::No,
+                written: Vec::new(),
+                list: None,
+            });
+        }
         let network = self.network()?;
         let mut written = Vec::new();
         // Elsewhere nobody keeps it in step.

@@ -8,7 +8,7 @@
 //!
 //! What a holder wrote last is seen one look ([`RENEW`] and an answer) later at most, and [`LIFE`]
 //! after that it is replaced: within 15 seconds. One that ends in peace lets go and is replaced at
-//! the next look.
+//! the next look; so does one that finds itself unfit, until it is fit again.
 
 use std::{sync::Arc, time::Duration};
 
@@ -40,6 +40,8 @@ pub struct Election {
     /// Ours alone: no other process was or will be called the same.
     own: String,
     leading: watch::Sender<bool>,
+    /// Of a candidate that may find that another would do better.
+    fit: Option<watch::Receiver<bool>>,
     seen: Seen,
 }
 
@@ -59,12 +61,19 @@ impl Election {
             name: name.into(),
             own: format!("{pod}_{:016x}", fastrand::u64(..)),
             leading: watch::Sender::new(false),
+            fit: None,
             seen: Seen {
                 lease: None,
                 changed: Instant::now(),
                 renewed: None,
             },
         }
+    }
+
+    /// Leads only while `fit`.
+    pub fn while_fit(mut self, fit: watch::Receiver<bool>) -> Self {
+        self.fit = Some(fit);
+        self
     }
 
     /// Whether we are the one, from now on.
@@ -77,6 +86,17 @@ impl Election {
         let mut end = std::pin::pin!(end);
         let mut complained = false;
         loop {
+            if self
+                .fit
+                .as_mut()
+                .is_some_and(|fit| !*fit.borrow_and_update())
+            {
+                self.step_aside().await;
+                tokio::select! {
+                    () = next(&mut self.fit) => continue,
+                    () = &mut end => return,
+                }
+            }
             // Whoever leads must not wait past the moment in which it stops.
             let patience = self.leads_for().unwrap_or(ANSWER).min(ANSWER);
             match timeout(patience, self.look()).await.unwrap_or_else(|late| {
@@ -95,10 +115,18 @@ impl Election {
             let pause = RENEW.mul_f64(0.8 + 0.2 * fastrand::f64());
             tokio::select! {
                 () = sleep(self.next_change().map_or(pause, |at| at.min(pause))) => self.judge(),
+                () = next(&mut self.fit) => {}
                 () = &mut end => break,
             }
         }
-        let held = self.leading.send_replace(false);
+        self.step_aside().await;
+    }
+
+    /// Leads no more, and says so.
+    async fn step_aside(&mut self) {
+        self.seen.renewed = None;
+        let held = *self.leading.borrow();
+        self.judge();
         if held && let Err(error) = self.let_go().await {
             debug!(%error, lease = &*self.name, "the Lease was not given back; it runs out");
         }
@@ -216,6 +244,16 @@ impl Election {
     }
 }
 
+/// When it may be otherwise.
+async fn next(fit: &mut Option<watch::Receiver<bool>>) {
+    if let Some(fit) = fit
+        && fit.changed().await.is_ok()
+    {
+        return;
+    }
+    std::future::pending().await
+}
+
 #[cfg(test)]
 mod tests {
     use tokio::sync::oneshot;
@@ -234,7 +272,15 @@ mod tests {
 
     impl Replica {
         fn start(server: &Server, pod: &str) -> Self {
-            let election = Election::new(server.client(), "picomesh-system", "one", pod);
+            Self::stand(Election::new(
+                server.client(),
+                "picomesh-system",
+                "one",
+                pod,
+            ))
+        }
+
+        fn stand(election: Election) -> Self {
             let leading = election.leading();
             let (end, ended) = oneshot::channel();
             let task = tokio::spawn(election.run(async move {
@@ -310,6 +356,30 @@ mod tests {
         assert!(!first.leads());
         let took = second.wins().await;
         assert!(took <= RENEW, "{took:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_leader_that_is_unfit_lets_go_until_it_is_fit_and_the_lease_is_free() {
+        let server = Server::default();
+        let (judge, fit) = watch::channel(true);
+        let election = Election::new(server.client(), "picomesh-system", "one", "first");
+        let mut first = Replica::stand(election.while_fit(fit));
+        first.wins().await;
+        let mut second = Replica::start(&server, "second");
+        sleep(RENEW).await;
+        judge.send_replace(false);
+        let took = second.wins().await;
+        assert!(took <= RENEW, "{took:?}");
+        assert!(!first.leads());
+        second.task.abort();
+        sleep(3 * LIFE).await;
+        assert!(!first.leads(), "it is free, and not for who is unfit");
+        judge.send_replace(true);
+        assert!(first.wins().await <= LIFE + RENEW);
+        // Nobody judges any more: it goes by what was said last.
+        drop(judge);
+        sleep(LIFE).await;
+        assert!(first.leads());
     }
 
     #[tokio::test(start_paused = true)]

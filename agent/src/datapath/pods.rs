@@ -214,7 +214,8 @@ impl Datapath {
     }
 
     /// Un-enrols everything and removes every trace (`picomesh-agent cleanup`). For when no agent
-    /// runs on these directories; one that does would enrol its pods again.
+    /// runs on these directories; one that does would enrol its pods again. What fails is told at
+    /// the end and keeps nothing else; its record stays.
     pub async fn cleanup(settings: DatapathSettings) -> anyhow::Result<()> {
         let home = Home::of_this_thread().context("the agent's network namespace")?;
         spawn_blocking(move || clean(&settings, &home))
@@ -345,14 +346,44 @@ fn clean(settings: &DatapathSettings, home: &Arc<Home>) -> anyhow::Result<()> {
     records::check_bpffs(&settings.bpf_dir)?;
     let marks = run_dir.marks()?;
     let loader = Loader::new(loader_settings(settings, marks, home.cookie()))?;
-    for record in run_dir.records()? {
+    let mut problems = Problems::default();
+    let mut kept = run_dir.records()?;
+    kept.retain(|record| {
         let alias = captured::alias(&settings.bpf_dir, &record.uid);
-        leaving::clean(&loader, home, marks, &record, alias)
-            .with_context(|| format!("pod {}", record.name))?;
-    }
+        let cleaned = leaving::clean(&loader, home, marks, record, alias)
+            .with_context(|| format!("pod {}", record.name));
+        problems.note(cleaned)
+    });
     for slot in loader.pinned_slots()? {
-        loader.detach(slot, &[])?;
+        let detached = loader.detach(slot, &[]);
+        problems.note(detached.with_context(|| format!("slot {slot}")));
     }
-    loader.remove_everything()?;
-    Ok(run_dir.forget()?)
+    problems.note(loader.remove_everything().map_err(Into::into));
+    // What could not be cleaned is known still to whoever cleans again.
+    let recorded = if kept.is_empty() {
+        run_dir.forget()
+    } else {
+        run_dir.save(&kept)
+    };
+    problems.note(recorded.map_err(Into::into));
+    problems.first.map_or(Ok(()), Err)
+}
+
+/// What went wrong where the rest is done all the same: one pod must not keep the others.
+#[derive(Default)]
+struct Problems {
+    first: Option<anyhow::Error>,
+}
+
+impl Problems {
+    /// True: it failed.
+    fn note(&mut self, result: anyhow::Result<()>) -> bool {
+        let Err(error) = result else { return false };
+        if self.first.is_none() {
+            self.first = Some(error);
+        } else {
+            tracing::warn!(error = format!("{error:#}"), "cannot be cleaned either");
+        }
+        true
+    }
 }

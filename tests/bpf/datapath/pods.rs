@@ -8,8 +8,9 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use picomesh::datapath::Datapath;
+use picomesh::datapath::{Datapath, DatapathSettings};
 use picomesh_tests::{requirements, wait::patience};
+use serde_json::{Value, json};
 
 use super::{
     Test,
@@ -17,7 +18,7 @@ use super::{
     world::{Netns, ensure_same},
 };
 
-pub(super) const TESTS: [Test; 10] = [
+pub(super) const TESTS: [Test; 11] = [
     ("a_captured_pod_speaks_through_its_listeners", captured),
     ("what_stood_before_enrolment_goes_on", standing),
     (
@@ -39,6 +40,10 @@ pub(super) const TESTS: [Test; 10] = [
         vanished,
     ),
     ("cleanup_after_a_dead_agent_removes_every_trace", cleaned),
+    (
+        "a_pod_that_cannot_be_cleaned_keeps_no_other",
+        cleaned_but_one,
+    ),
     ("a_hundred_pods_are_enrolled_in_seconds", hundred),
 ];
 
@@ -505,10 +510,7 @@ fn cleaned() -> Result<()> {
         let mut taken = world.dial(server.at)?;
         ping(&mut taken)?;
         drop(agent);
-        world.node.run(|| -> Result<()> {
-            let runtime = tokio::runtime::Builder::new_current_thread().build()?;
-            runtime.block_on(Datapath::cleanup(settings.clone()))
-        })??;
+        clean(&world, &settings)?;
         // Closed, not left to send plain what was to be encrypted (rule 4).
         let error = ping(&mut taken)
             .expect_err("still open")
@@ -528,6 +530,42 @@ fn cleaned() -> Result<()> {
         ensure!(!settings.bpf_dir.exists() && std::fs::read_dir(settings.run_dir)?.count() == 0);
     }
     Ok(())
+}
+
+fn cleaned_but_one() -> Result<()> {
+    let world = World::new("but-one")?;
+    let settings = world.dirs.settings();
+    let before = world.client.picture()? + &world.server.picture()?;
+    let agent = Agent::start(&world.node, settings.clone(), world.pods())?;
+    for pod in ["client", "server"] {
+        agent.wait_for(pod, "captured")?;
+    }
+    drop(agent);
+    // On record before all others, in a place that no map has.
+    let path = settings.run_dir.join("pods.json");
+    let mut file: Value = serde_json::from_slice(&std::fs::read(&path)?)?;
+    let records = file["content"].as_array_mut().context("no records")?;
+    let broken = json!({"uid": "broken", "name": "shop/broken", "slot": 1 << 20,
+                        "netns": "/run/netns/nowhere", "cookie": 1});
+    records.insert(0, broken.clone());
+    std::fs::write(&path, file.to_string())?;
+
+    let error = clean(&world, &settings).expect_err("the slot is beyond the maps");
+    ensure!(format!("{error:#}").contains("shop/broken"), "{error:#}");
+    let after = world.client.picture()? + &world.server.picture()?;
+    ensure_same(&before, &after)?;
+    ensure!(!settings.bpf_dir.exists(), "something is pinned");
+    // Whoever cleans again knows of it, and of no other.
+    let file: Value = serde_json::from_slice(&std::fs::read(&path)?)?;
+    ensure!(file["content"] == json!([broken]), "{file}");
+    Ok(())
+}
+
+fn clean(world: &World, settings: &DatapathSettings) -> Result<()> {
+    world.node.run(|| -> Result<()> {
+        let runtime = tokio::runtime::Builder::new_current_thread().build()?;
+        runtime.block_on(Datapath::cleanup(settings.clone()))
+    })?
 }
 
 fn hundred() -> Result<()> {

@@ -32,6 +32,22 @@ impl Removed {
 }
 
 impl Installer {
+    /// Takes our list out, and puts nothing in any more: pods that start from here on never meet the
+    /// plugin. Its program stays, for whoever is calling it.
+    pub fn retire(&self) -> Removed {
+        let mut over = self.over.lock();
+        *over = true;
+        let mut removed = Removed::default();
+        for (conf, _) in self.places() {
+            let taken = self.open(&conf).and_then(|dir| match dir {
+                Some(dir) => take_out(&dir, &mut removed.done),
+                None => Ok(()),
+            });
+            removed.problems.extend(taken.err());
+        }
+        removed
+    }
+
     /// Takes out everything of ours, wherever a distribution could have it.
     pub fn remove(&self) -> Removed {
         let mut removed = self.unplug();

@@ -223,6 +223,24 @@ fn what_is_installed_is_complete_and_removed_without_a_trace() {
 }
 
 #[test]
+fn a_list_that_is_retired_stays_away_and_the_program_is_there_until_the_end() {
+    let node = Node::kubeadm();
+    let installer = node.installer();
+    installer.ensure().unwrap();
+    let retired = installer.retire();
+    assert!(retired.problems.is_empty(), "{:?}", retired.problems);
+    assert_eq!(retired.done, [PathBuf::from(OURS)]);
+    assert_eq!(node.first().as_deref(), Some("10-flannel.conflist"));
+    // Who looks after it finds nothing to do.
+    let ensured = installer.ensure().unwrap();
+    assert_eq!((ensured.now, ensured.written.len()), (Installed::No, 0));
+    assert!(!node.path(OURS).exists());
+    assert!(node.path("/opt/cni/bin/picomesh-cni").exists());
+    assert!(installer.remove().unplugged);
+    assert!(!node.path("/opt/cni/bin/picomesh-cni").exists());
+}
+
+#[test]
 fn nobody_elses_file_is_ever_written() {
     let node = Node::kubeadm();
     node.file("/etc/cni/net.d/20-net.conf", BRIDGE);

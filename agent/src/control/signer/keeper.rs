@@ -16,7 +16,7 @@
 //!
 //! **A clock that is wrong** would make what nobody believes yet, or take anchors out for good.
 //! So nothing is written while this clock is further from the API server's than certificates allow
-//! ([`SKEW`]).
+//! ([`SKEW`]); nothing is signed either, and another replica may lead, whose clock is right.
 //!
 //! **What cannot be used** is told, in the log and by an Event, and the last good authority signs
 //! on for as long as this process lives.
@@ -85,6 +85,8 @@ pub(super) struct Keeper {
     clock: Arc<dyn Clock>,
     events: Events,
     in_force: Option<InForce>,
+    /// At the last look.
+    clock_is_wrong: bool,
     /// What was told last, so that it is told once.
     told: Option<String>,
 }
@@ -113,6 +115,32 @@ struct Candidate {
     origin: Origin,
 }
 
+/// This clock beside the API server's.
+enum Time {
+    Right,
+    /// What depends on the time must wait; what was good goes on.
+    Unknown,
+    Wrong,
+}
+
+impl Time {
+    fn trouble(&self) -> Option<String> {
+        match self {
+            Self::Right => None,
+            Self::Unknown => Some(
+                "the API server's answers carry no Date, so this clock cannot be trusted and the \
+                 authority is left as it is; let proxies before the API server pass it on"
+                    .into(),
+            ),
+            Self::Wrong => Some(format!(
+                "the clocks of this node and of the API server are more than {} minutes apart, so \
+                 this signer leaves the authority as it is and signs nothing; set them (NTP)",
+                SKEW.as_secs() / 60
+            )),
+        }
+    }
+}
+
 #[derive(Debug, thiserror::Error)]
 pub(super) enum KeepError {
     #[error("{0}")]
@@ -136,6 +164,7 @@ impl Keeper {
             clock,
             events,
             in_force: None,
+            clock_is_wrong: false,
             told: None,
         }
     }
@@ -143,6 +172,11 @@ impl Keeper {
     /// Who signs; `None`: nobody can yet.
     pub(super) fn authority(&self) -> Option<Arc<Authority>> {
         Some(Arc::clone(&self.in_force.as_ref()?.authority))
+    }
+
+    /// What would be signed now, nobody would believe yet or for long.
+    pub(super) fn clock_is_wrong(&self) -> bool {
+        self.clock_is_wrong
     }
 
     /// Something is not as it should be.
@@ -156,12 +190,10 @@ impl Keeper {
         let map = self.maps.get_opt(TRUST_ROOTS).await?;
         let (anchors, mut trouble) = Anchors::read(map.as_ref());
         let trouble_of_map = trouble.is_some();
-        let wrong_clock = if leads {
-            self.wrong_clock().await?
-        } else {
-            None
-        };
-        let leads = leads && wrong_clock.is_none();
+        // Also who does not lead: perhaps it does not for that reason.
+        let time = self.time().await?;
+        self.clock_is_wrong = matches!(time, Time::Wrong);
+        let leads = leads && matches!(time, Time::Right);
 
         let mut secret = self.secrets.get_opt(ISSUER).await?.map(Private);
         if secret.is_none() && leads && anchors.origin != Some(Origin::Given) {
@@ -217,14 +249,15 @@ impl Keeper {
         if let Some(ready) = candidate.filter(|ready| anchors.have_spread(&ready.bundle, now)) {
             self.put_in_force(ready);
         }
-        let of_map = trouble_of_map && wrong_clock.is_none();
-        let trouble = wrong_clock.or(trouble);
+        let of_time = time.trouble();
+        let of_map = trouble_of_map && of_time.is_none();
+        let trouble = of_time.or(trouble);
         self.tell(trouble.map(|trouble| (trouble, uid)), of_map);
         Ok(())
     }
 
-    /// Why what depends on the time must wait.
-    async fn wrong_clock(&self) -> Result<Option<String>, KeepError> {
+    /// Asked of the API server.
+    async fn time(&self) -> Result<Time, KeepError> {
         let request = Request::get("/version").body(Body::empty()).map_err(made)?;
         // Whatever the answer is, it carries its time.
         let answer = self.client.send(request).await?;
@@ -234,22 +267,16 @@ impl Keeper {
             parser.parse_timestamp(date.as_bytes()).ok()
         });
         let Some(there) = date.map(SystemTime::from) else {
-            return Ok(Some(
-                "the API server's answers carry no Date, so this clock cannot be trusted and the \
-                 authority is left as it is; let proxies before the API server pass it on"
-                    .into(),
-            ));
+            return Ok(Time::Unknown);
         };
         let here = self.clock.now();
         let apart = here.duration_since(there);
         let apart = apart.unwrap_or_else(|behind| behind.duration());
-        Ok((apart > SKEW).then(|| {
-            format!(
-                "the clocks of this node and of the API server are more than {} minutes apart, so \
-                 the authority is left as it is; set them (NTP)",
-                SKEW.as_secs() / 60
-            )
-        }))
+        Ok(if apart > SKEW {
+            Time::Wrong
+        } else {
+            Time::Right
+        })
     }
 
     fn is_old(&self, authority: &Authority, now: SystemTime) -> bool {

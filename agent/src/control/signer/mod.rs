@@ -88,6 +88,8 @@ pub struct Surroundings {
     pub clock: Arc<dyn Clock>,
     pub events: Events,
     pub leading: watch::Receiver<bool>,
+    /// Told whether this one may lead: not while its clock is wrong.
+    pub fit: watch::Sender<bool>,
     pub counts: Arc<Counts>,
 }
 
@@ -115,6 +117,7 @@ pub async fn run(
         clock,
         events,
         mut leading,
+        fit,
         counts,
     } = around;
     let (tell, mut told) = mpsc::channel(feed::QUEUE);
@@ -173,6 +176,9 @@ pub async fn run(
                                                  signs on"),
                 Err(_late) => warn!("the API server does not answer; what is known signs on"),
             }
+            fit.send_if_modified(|fit| {
+                std::mem::replace(fit, !keeper.clock_is_wrong()) == keeper.clock_is_wrong()
+            });
         }
         due = Instant::now() + LOOK_SOON;
         let authority = keeper.authority();
@@ -183,7 +189,7 @@ pub async fn run(
         if let Some(ready) = ready.take() {
             ready();
         }
-        if !leads {
+        if !leads || keeper.clock_is_wrong() {
             continue;
         }
         let hand = Hand {

@@ -9,7 +9,7 @@ use x509_parser::{certificate::X509Certificate, extensions::GeneralName, prelude
 
 use super::{anchors::SPREAD, *};
 use crate::{
-    control::{TRUST_ROOTS, TRUST_ROOTS_KEY, roots},
+    control::{TRUST_ROOTS, TRUST_ROOTS_KEY, lease::Election, roots},
     identity::{
         authority::{make_issuer, make_root},
         clock::{Clock, TestClock},
@@ -498,7 +498,8 @@ async fn a_broken_config_map_is_mended_and_told() {
 struct Running {
     counts: Arc<Counts>,
     ready: Arc<AtomicBool>,
-    leading: watch::Sender<bool>,
+    /// Of one that is told.
+    leading: Option<watch::Sender<bool>>,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -510,22 +511,49 @@ impl Drop for Running {
 
 fn run_in(world: &World, leads: bool) -> Running {
     let (leading, follows) = watch::channel(leads);
+    let (fit, _) = watch::channel(true);
+    let clock = world.clock.clone();
+    let mut running = run_by(world, clock, follows, fit, std::future::pending());
+    running.leading = Some(leading);
+    running
+}
+
+/// With a clock of its own; one of those that elect their leader.
+fn stand_in(world: &World, clock: Arc<TestClock>, pod: &str) -> Running {
+    let (fit, is_fit) = watch::channel(true);
+    let election = Election::new(world.server.client(), "picomesh-system", LEASE, pod);
+    let follows = election.leading();
+    let election = election.while_fit(is_fit).run(std::future::pending());
+    run_by(world, clock, follows, fit, election)
+}
+
+fn run_by(
+    world: &World,
+    clock: Arc<TestClock>,
+    follows: watch::Receiver<bool>,
+    fit: watch::Sender<bool>,
+    election: impl Future<Output = ()> + Send + 'static,
+) -> Running {
     let (counts, ready) = (Arc::<Counts>::default(), Arc::<AtomicBool>::default());
     let (events, _writing) = Events::start_as(COMPONENT, world.server.client(), "x".into());
     let around = Surroundings {
         client: world.server.client(),
-        clock: world.clock.clone(),
+        clock,
         events,
         leading: follows,
+        fit,
         counts: counts.clone(),
     };
     let known = ready.clone();
     let done = move || known.store(true, Ordering::Release);
-    let task = tokio::spawn(run(settings(), around, done, std::future::pending()));
+    let acting = run(settings(), around, done, std::future::pending());
+    let task = tokio::spawn(async move {
+        tokio::join!(acting, election);
+    });
     Running {
         counts,
         ready,
-        leading,
+        leading: None,
         task,
     }
 }
@@ -687,9 +715,40 @@ async fn who_does_not_lead_signs_nothing_and_takes_over() {
     sleep(Duration::from_secs(30)).await;
     assert!(idle.ready.load(Ordering::Acquire), "ready to take over");
     assert_eq!(status_of(&world, "r")["certificate"], Value::Null);
-    idle.leading.send_replace(true);
+    idle.leading.as_ref().unwrap().send_replace(true);
     sleep(Duration::from_secs(1)).await;
     assert_ne!(status_of(&world, "r")["certificate"], Value::Null);
+}
+
+#[tokio::test(start_paused = true)]
+async fn whose_clock_is_wrong_signs_nothing_and_leaves_it_to_the_other() {
+    let world = World::new();
+    let own = TestClock::new();
+    let wrong = stand_in(&world, own.clone(), "wrong");
+    sleep(Duration::from_secs(5)).await;
+    world.server.put(REQUESTS, approved("before").0);
+    sleep(Duration::from_secs(5)).await;
+    assert_eq!(wrong.counts.shown().good, 1, "the control: it leads");
+
+    own.jump(2 * DAY);
+    sleep(2 * LOOK).await;
+    world.server.put(REQUESTS, approved("r").0);
+    sleep(3 * LOOK).await;
+    assert_eq!(status_of(&world, "r")["certificate"], Value::Null);
+    assert!(wrong.counts.shown().troubled);
+    let right = stand_in(&world, world.clock.clone(), "right");
+    sleep(LOOK).await;
+    assert_ne!(status_of(&world, "r")["certificate"], Value::Null);
+    assert_eq!(right.counts.shown().good, 1);
+    assert_eq!(wrong.counts.shown().good, 1);
+
+    // It stands in again when its clock is right.
+    world.clock.jump(2 * DAY);
+    drop(right);
+    sleep(3 * LOOK).await;
+    world.server.put(REQUESTS, approved("again").0);
+    sleep(LOOK).await;
+    assert_eq!(wrong.counts.shown().good, 2);
 }
 
 #[tokio::test(start_paused = true)]
