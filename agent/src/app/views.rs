@@ -84,8 +84,7 @@ impl Shown {
 
     fn readiness(&self) -> Value {
         let awaited = self.readiness.pending();
-        // Pods whose certificates are there are served meanwhile.
-        let serves = awaited.iter().all(|what| *what == super::CERTIFICATES);
+        let serves = super::serves(&awaited);
         json!({"ready": awaited.is_empty(), "serves": serves, "awaited": awaited})
     }
 
