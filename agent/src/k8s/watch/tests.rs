@@ -12,6 +12,7 @@ const NAMESPACES: &str = "/api/v1/namespaces";
 const PODS: &str = "/api/v1/pods";
 const SERVICES: &str = "/api/v1/services";
 const SLICES: &str = "/apis/discovery.k8s.io/v1/endpointslices";
+const POLICIES: &str = "/apis/networking.k8s.io/v1/networkpolicies";
 const SERVERS: &str = "/apis/policy.linkerd.io/v1beta3/servers";
 const CILIUM: &str = "/apis/cilium.io/v2/ciliumnetworkpolicies";
 
@@ -470,6 +471,32 @@ async fn an_agent_started_while_the_api_server_is_away_serves_from_what_was_know
     api.set_away(false);
     new.ready().await;
     assert!(new.pod("uid-a").is_some());
+}
+
+fn network_policy(name: &str, cidr: &str) -> Value {
+    json!({
+        "metadata": {"name": name, "namespace": "shop", "uid": "uid-policy"},
+        "spec": {"podSelector": {"matchLabels": {"app": "a"}},
+                 "ingress": [{"from": [{"ipBlock": {"cidr": cidr}}]}]},
+    })
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_kubernetes_accepts_of_a_network_policy_is_in_force() {
+    let api = cluster();
+    let name = "x".repeat(253);
+    let mut long = network_policy(&name, "::ffff:10.0.0.0/104");
+    let peer = long["spec"]["ingress"][0]["from"][0].clone();
+    long["spec"]["ingress"][0]["from"] = vec![peer; 20_000].into();
+    assert!(long.to_string().len() > 600 * 1024);
+    api.put(POLICIES, long);
+    let mut world = World::start(&api, None);
+    world.ready().await;
+    assert!(world.faults.borrow().is_empty());
+    let objects = world.objects.borrow();
+    let policy = objects.network_policies.values().next().unwrap();
+    assert_eq!(*policy.key.name, *name);
+    assert_eq!(policy.ingress.as_ref().unwrap()[0].peers.len(), 20_000);
 }
 
 #[tokio::test(start_paused = true)]
