@@ -122,14 +122,17 @@ impl Converter {
 }
 
 /// The directions that a policy isolates in.
-struct Types {
-    ingress: bool,
-    egress: bool,
+pub(super) struct Types {
+    pub(super) ingress: bool,
+    pub(super) egress: bool,
 }
 
 /// Not said: always ingress, and egress if a rule for it stands there. So `egress: []` alone does
 /// not isolate; that is Kubernetes' default, too.
-fn policy_types(written: Option<Vec<String>>, egress_rules: bool) -> Result<Types, FieldError> {
+pub(super) fn policy_types(
+    written: Option<Vec<String>>,
+    egress_rules: bool,
+) -> Result<Types, FieldError> {
     let written = written.unwrap_or_default();
     if written.is_empty() {
         return Ok(Types {

@@ -482,6 +482,53 @@ fn network_policy(name: &str, cidr: &str) -> Value {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_policy_that_never_read_lets_nobody_through() {
+    let api = cluster();
+    api.define("servers", "policy.linkerd.io", "v1beta3");
+    let mut odd = server(json!(8080));
+    odd["spec"]["accessPolicy"] = "ask".into();
+    api.put(SERVERS, odd);
+    api.put(POLICIES, network_policy("p", "nowhere"));
+    let mut world = World::start(&api, None);
+    world.ready().await;
+    let closed = |world: &World| {
+        let objects = world.objects.borrow();
+        let policy = objects.network_policies.values().next().unwrap();
+        (
+            policy.pod_selector.match_labels.len(),
+            policy.ingress.clone(),
+        )
+    };
+    assert_eq!(closed(&world), (1, Some(Vec::new())));
+    assert_eq!(world.objects.borrow().servers.len(), 1);
+    let faults = world.faulty(true).await;
+    assert_eq!(faults.len(), 2);
+    for fault in faults.iter() {
+        assert!(fault.message.contains("nobody is let through"), "{fault}");
+    }
+
+    // Another word that does not read is closed as that one says; no list takes it away.
+    let mut all = network_policy("p", "nowhere");
+    all["spec"]["podSelector"] = json!({});
+    api.put(POLICIES, all);
+    sleep(Duration::from_secs(1)).await;
+    api.forget(POLICIES);
+    sleep(Duration::from_secs(10)).await;
+    assert_eq!(closed(&world), (0, Some(Vec::new())));
+
+    // Once it has read, that counts, whatever comes.
+    api.put(POLICIES, network_policy("p", "10.0.0.0/8"));
+    api.put(SERVERS, server(json!(8080)));
+    world.faulty(false).await;
+    let good = closed(&world);
+    assert_eq!(good.1.as_ref().unwrap().len(), 1);
+    api.put(POLICIES, network_policy("p", "nowhere"));
+    let fault = world.faulty(true).await[0].clone();
+    assert!(!fault.message.contains("nobody"), "{fault}");
+    assert_eq!(closed(&world), good);
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_kubernetes_accepts_of_a_network_policy_is_in_force() {
     let api = cluster();
     let name = "x".repeat(253);
