@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 mod bpf_dir;
+mod certified;
 mod cluster;
 pub mod control;
 pub mod desired;
@@ -95,8 +96,8 @@ const CALM: Duration = Duration::from_millis(20);
 const LAST_WORDS: Duration = Duration::from_secs(1);
 /// How soon after the signal to end a removal of the mesh must show to count.
 const SHOWS: Duration = Duration::from_secs(5);
-/// A successor that repairs already waits for so long until all is as it should be before it lets
-/// the agent before go.
+/// A successor waits for so long, at most, for its certificates before it begins to repair, and then
+/// until all is as it should be before it lets the agent before go.
 const AS_READY: Duration = Duration::from_secs(10);
 
 /// A running agent.
@@ -315,10 +316,9 @@ pub async fn start(
     let follower = proxy.clone();
     tasks.push(tokio::spawn(async move { follower.follow(captured).await }));
 
-    let certified = tokio::spawn(await_certificates(identities.clone(), certificates_held));
+    let mut certified = tokio::spawn(certified::follow(identities.clone(), certificates_held));
     if let Some(predecessor) = &predecessor {
-        // What it has in hand must not be missed by anybody: certificates, for who speaks next.
-        certified.await?;
+        certified::in_hand(&mut certified).await?;
         predecessor.ready().await?;
         dirs.run.sign().context("--run-dir")?;
     }
@@ -395,11 +395,11 @@ pub async fn start(
     }));
     tasks.push(tokio::spawn(give_memory_back(readiness.clone(), changes)));
 
-    // The agent before leaves when we are as ready as it was. If we die before we have told it, it
-    // goes on: so its sockets keep their place until then.
+    // The agent before leaves when we serve as it did. If we die before we have told it, it goes
+    // on: so its sockets keep their place until then.
     if let Some(predecessor) = predecessor {
         let begun = Instant::now();
-        while !readiness.pending().is_empty() && begun.elapsed() < AS_READY {
+        while !serves(&readiness.pending()) && begun.elapsed() < AS_READY {
             sleep(Duration::from_millis(20)).await;
         }
         accepting.extend(http.take().map(|http| serve(&mut tasks, http)));
@@ -495,6 +495,11 @@ pub async fn start(
         removed,
         dirs,
     })
+}
+
+/// Pods whose certificates are there are served while others are awaited.
+fn serves(awaited: &[&str]) -> bool {
+    awaited.iter().all(|what| *what == CERTIFICATES)
 }
 
 type Authority = (
@@ -613,24 +618,6 @@ impl Agent {
             on.traces.retire().await;
         }
         std::future::pending().await
-    }
-}
-
-/// Drops its guard when every certificate wanted at the start is there.
-async fn await_certificates(identities: Identities, held: crate::readiness::Task) {
-    let mut changed = identities.changed();
-    // The manager takes up what is wanted in a moment; a list that is empty still is no answer.
-    sleep(Duration::from_millis(10)).await;
-    loop {
-        let all = identities.status();
-        if all.iter().all(|certificate| certificate.state == "ready") {
-            held.done();
-            return;
-        }
-        tokio::select! {
-            changed = changed.changed() => if changed.is_err() { return },
-            () = sleep(Duration::from_millis(100)) => {}
-        }
     }
 }
 

@@ -27,8 +27,8 @@ const CLUSTER: &str = "Kubernetes";
 pub struct ControllerArgs {
     #[command(flatten)]
     common: CommonArgs,
-    /// Requests of one node that may wait for an answer, 1 to 10000; more are denied. A node asks
-    /// for each service account that runs there.
+    /// Service accounts of one node whose requests may wait for an answer, 1 to 10000; more are
+    /// denied. Eight requests for one account count as one: an agent that starts anew asks again.
     #[arg(
         long,
         env = "PICOMESH_NODE_REQUESTS",

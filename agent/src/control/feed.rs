@@ -44,7 +44,9 @@ pub(super) async fn follow<T: Copy + Send>(
             let told = match event {
                 Ok(Event::Init) => Told::Listing,
                 Ok(Event::InitDone) => Told::Listed,
-                Ok(Event::InitApply(seen) | Event::Apply(seen)) => Told::There(Box::new(seen)),
+                Ok(Event::InitApply(seen) | Event::Apply(seen)) => {
+                    Told::There(Box::new(seen.bounded()))
+                }
                 Ok(Event::Delete(seen)) => Told::Gone(Box::new(seen)),
                 Err(error) => {
                     let sentence = watch::sentence(&error);

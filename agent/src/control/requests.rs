@@ -27,8 +27,13 @@ use crate::{
 const SHORTEST_LIFE: Duration = Duration::from_secs(600);
 const FIRST_LOOK: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
-/// Denied for what the controller has not seen, which it may see in a moment.
-const PASSING: [Reason; 2] = [Reason::NotOnNode, Reason::UnknownAgent];
+/// Denied for what the controller has not seen, which it may see in a moment, or for want of a place,
+/// which the next answer makes.
+const PASSING: [Reason; 3] = [
+    Reason::NotOnNode,
+    Reason::UnknownAgent,
+    Reason::TooManyPending,
+];
 /// Ours have one leaf and one issuer.
 const MAX_CHAIN: usize = 8;
 

@@ -86,8 +86,9 @@ async fn a_denial_is_told_with_its_reason_and_a_failure_may_pass() {
                                "message": "no pod of shop/web runs on n1"}]})
     };
     let condition = |kind: &str| with(kind, "NotHere");
-    // What a watch may not have shown to the controller is asked again in seconds.
-    for reason in ["NotOnNode", "UnknownAgent"] {
+    // What a watch may not have shown to the controller is asked again in seconds, and so is what
+    // has no place among the requests of this node.
+    for reason in ["NotOnNode", "UnknownAgent", "TooManyPending"] {
         let (signed, _) = asked(|| with("Denied", reason)).await;
         assert!(matches!(signed.unwrap_err(), SignError::Unavailable(_)));
     }

@@ -83,4 +83,6 @@ pub struct CertificateStatus {
     pub renew_at: Option<SystemTime>,
     pub renewals: u64,
     pub last_error: Option<String>,
+    /// The last answer was no.
+    pub refused: bool,
 }

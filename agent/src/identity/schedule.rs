@@ -64,6 +64,8 @@ struct Entry {
     retry_at: Option<Instant>,
     renewals: u64,
     last_error: Option<String>,
+    /// The last answer was no.
+    refused: bool,
     unwanted_since: Option<Instant>,
 }
 
@@ -137,6 +139,7 @@ impl Schedule {
         entry.failures = 0;
         entry.retry_at = None;
         entry.last_error = None;
+        entry.refused = false;
         true
     }
 
@@ -169,6 +172,7 @@ impl Schedule {
         entry.failures = entry.failures.saturating_add(1);
         entry.retry_at = Some(now.mono + wait.mul_f64(1.0 + 0.2 * chance));
         entry.last_error = Some(error);
+        entry.refused = refused;
     }
 
     /// The anchor over this certificate is gone: renew soon, `chance` (-1 to 1) spreads it.
@@ -283,6 +287,7 @@ impl Entry {
             renew_at: self.held.as_ref().map(|held| held.renew_at),
             renewals: self.renewals,
             last_error: self.last_error.clone(),
+            refused: self.refused,
         }
     }
 }

@@ -58,6 +58,10 @@ mod tests {
         assert_eq!(&*id.trust_domain, "cluster.local");
         assert_eq!(&*id.namespace, "shop");
         assert_eq!(&*id.service_account, "cart.v1-a");
+        // Kubernetes bounds an account's name as a whole.
+        let long = "a".repeat(253);
+        let id = parse_spiffe_id(&format!("spiffe://td/ns/a/sa/{long}")).unwrap();
+        assert_eq!(*id.service_account, *long);
     }
 
     #[test]
@@ -94,8 +98,9 @@ mod tests {
             "spiffe://td/ns/a/sa/b\0",
             "spiffe://td/ns/ä/sa/b",
             &format!("spiffe://td/ns/{label64}/sa/b"),
-            &format!("spiffe://td/ns/a/sa/{label64}"),
+            &format!("spiffe://{label64}/ns/a/sa/b"),
             &format!("spiffe://{}/ns/a/sa/b", "t".repeat(254)),
+            &format!("spiffe://td/ns/a/sa/{}", "a".repeat(254)),
             &long,
         ] {
             assert!(parse_spiffe_id(uri).is_err(), "{uri:?} was accepted");

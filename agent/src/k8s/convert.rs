@@ -366,7 +366,7 @@ impl Converter {
 
     fn cluster_key(&self, metadata: &ObjectMeta) -> Result<ObjectKey, FieldError> {
         let name = metadata.name.as_deref().unwrap_or_default();
-        if !crate::state::names::is_subdomain(name) {
+        if !crate::state::names::is_object_name(name) {
             return Err(FieldError::new(
                 "metadata.name",
                 name,

@@ -18,6 +18,7 @@ pub mod policy;
 pub mod removal;
 mod resources;
 mod share;
+mod stand_in;
 pub mod status;
 pub mod watch;
 pub mod words;

@@ -7,7 +7,7 @@
 //! it is an error, and [`unknown_field`] says which. What an API server gives out has passed its
 //! check, and may have fields of a newer Kubernetes: there it is passed over.
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 use k8s_openapi::{
     api::networking::v1 as networking, apimachinery::pkg::util::intstr::IntOrString,
 };
@@ -122,14 +122,17 @@ impl Converter {
 }
 
 /// The directions that a policy isolates in.
-struct Types {
-    ingress: bool,
-    egress: bool,
+pub(super) struct Types {
+    pub(super) ingress: bool,
+    pub(super) egress: bool,
 }
 
 /// Not said: always ingress, and egress if a rule for it stands there. So `egress: []` alone does
 /// not isolate; that is Kubernetes' default, too.
-fn policy_types(written: Option<Vec<String>>, egress_rules: bool) -> Result<Types, FieldError> {
+pub(super) fn policy_types(
+    written: Option<Vec<String>>,
+    egress_rules: bool,
+) -> Result<Types, FieldError> {
     let written = written.unwrap_or_default();
     if written.is_empty() {
         return Ok(Types {
@@ -224,17 +227,10 @@ fn ip_block(peer: &str, written: &networking::IPBlock) -> Result<NetworkMatch, F
     Ok(NetworkMatch { cidr, except })
 }
 
-/// A network, never a bare address; and no IPv4 network in IPv6's clothes: it would match nothing,
-/// which is dangerous in `except`.
+/// A network, never a bare address.
 fn network(path: String, text: &str) -> Result<IpNet, FieldError> {
-    let parsed: Option<IpNet> = text.parse().ok();
-    let mapped = |network: &IpNet| match network {
-        IpNet::V4(_) => false,
-        IpNet::V6(six) => six.addr().to_ipv4_mapped().is_some(),
-    };
-    parsed
-        .filter(|network| !mapped(network))
-        .map(|network| network.trunc())
+    sloppy(text)
+        .map(|network| plain(network.trunc()))
         .ok_or_else(|| {
             FieldError::new(
                 path,
@@ -243,6 +239,35 @@ fn network(path: String, text: &str) -> Result<IpNet, FieldError> {
                 "write one like 10.0.0.0/8 or fd00::/8; one address is 10.0.0.1/32",
             )
         })
+}
+
+/// Policies of old that Kubernetes lets stand have zeros in front of decimal numbers.
+fn sloppy(text: &str) -> Option<IpNet> {
+    let decimal = |digits: &str| match digits.trim_start_matches('0') {
+        "" if !digits.is_empty() => "0".to_owned(),
+        rest => rest.to_owned(),
+    };
+    let (address, length) = text.split_once('/')?;
+    // Of an IPv6 address only an IPv4 one at its end is decimal.
+    let (six, four) = address.split_at(address.rfind(':').map_or(0, |colon| colon + 1));
+    let four = if four.contains('.') {
+        four.split('.').map(decimal).collect::<Vec<_>>().join(".")
+    } else {
+        four.to_owned()
+    };
+    format!("{six}{four}/{}", decimal(length)).parse().ok()
+}
+
+/// An IPv4 network in IPv6's clothes is what is in them, as for Kubernetes: as it stands it would
+/// match nothing, which is dangerous in `except`.
+fn plain(network: IpNet) -> IpNet {
+    let IpNet::V6(six) = network else {
+        return network;
+    };
+    let four = six.addr().to_ipv4_mapped();
+    let four = four.zip(six.prefix_len().checked_sub(96));
+    let four = four.and_then(|(address, length)| Ipv4Net::new(address, length).ok());
+    four.map_or(network, IpNet::V4)
 }
 
 fn ports(

@@ -14,7 +14,8 @@ use serde_json::value::RawValue;
 use super::FieldError;
 
 /// An object may have a megabyte and a half, many come at once, and whoever may write a pod writes
-/// as much of it. Ours have some kilobytes, and all annotations together at most 256.
+/// as much of it. Ours have some kilobytes, and all annotations together at most 256. A policy may be
+/// as long as the API server lets it: not read, it would protect nobody.
 const MAX_TEXT: usize = 512 * 1024;
 
 #[derive(Clone, Debug)]
@@ -68,6 +69,16 @@ impl Seen {
             .unwrap_or_default()
     }
 
+    /// Drops a text that is too long: before it waits for somebody, and for kinds that are no policy.
+    pub fn bounded(mut self) -> Self {
+        if let Text::Kept(text) = &self.text
+            && text.get().len() > MAX_TEXT
+        {
+            self.text = Text::Dropped(text.get().len());
+        }
+        self
+    }
+
     /// Its text as a type of Kubernetes or of our own.
     ///
     /// Through an erased deserializer: otherwise the compiler makes a parser for every type that a
@@ -100,13 +111,10 @@ impl<'de> Deserialize<'de> for Seen {
             resource_version: head.resource_version,
             ..ObjectMeta::default()
         };
-        let length = text.get().len();
-        let text = if length > MAX_TEXT {
-            Text::Dropped(length)
-        } else {
-            Text::Kept(text)
-        };
-        Ok(Self { metadata, text })
+        Ok(Self {
+            metadata,
+            text: Text::Kept(text),
+        })
     }
 }
 
@@ -184,8 +192,11 @@ mod tests {
             format!(r#"{{"metadata": {{"name": "a", "annotations": {{"x": "{filler}"}}}}}}"#)
         };
         let fits: Seen = serde_json::from_str(&text(MAX_TEXT - 100)).unwrap();
-        assert!(fits.parse::<Pod>().is_ok());
+        assert!(fits.bounded().parse::<Pod>().is_ok());
         let long: Seen = serde_json::from_str(&text(MAX_TEXT)).unwrap();
+        // Unless it is of a kind that must be read.
+        assert!(long.parse::<Pod>().is_ok());
+        let long = long.bounded();
         assert_eq!(long.name(), "a");
         let error = long.parse::<Pod>().unwrap_err().to_string();
         assert!(error.contains("at most 524288 are read"), "{error}");

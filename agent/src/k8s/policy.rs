@@ -712,7 +712,7 @@ fn pattern(path: &str, text: &str) -> Result<IdentityPattern, FieldError> {
     } else if let Some(suffix) = text.strip_prefix('*') {
         let rest = suffix
             .strip_prefix('.')
-            .filter(|rest| crate::state::names::is_subdomain(rest));
+            .filter(|rest| crate::state::names::is_object_name(rest));
         rest.map(|_| IdentityPattern::LinkerdSuffix(suffix.into()))
     } else {
         Identity::from_linkerd_name(text).map(IdentityPattern::Exact)

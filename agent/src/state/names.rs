@@ -58,28 +58,35 @@ impl Identity {
     }
 
     fn checked(trust_domain: &str, namespace: &str, service_account: &str) -> Option<Self> {
-        (is_subdomain(trust_domain) && is_label(namespace) && is_subdomain(service_account)).then(
-            || Self {
-                trust_domain: trust_domain.into(),
-                namespace: namespace.into(),
-                service_account: service_account.into(),
-            },
-        )
+        let account = is_object_name(service_account);
+        (is_subdomain(trust_domain) && is_label(namespace) && account).then(|| Self {
+            trust_domain: trust_domain.into(),
+            namespace: namespace.into(),
+            service_account: service_account.into(),
+        })
     }
 }
 
 /// RFC 1123 label: the name of a namespace.
 pub fn is_label(name: &str) -> bool {
-    let inner = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
-    name.len() <= 63
-        && name.bytes().all(|byte| inner(byte) || byte == b'-')
-        && name.bytes().next().is_some_and(inner)
-        && name.bytes().next_back().is_some_and(inner)
+    name.len() <= 63 && is_part(name)
 }
 
-/// RFC 1123 subdomain: labels with dots between them.
+/// RFC 1123 subdomain, labels with dots between them: what DNS can hold.
 pub fn is_subdomain(name: &str) -> bool {
     name.len() <= 253 && name.split('.').all(is_label)
+}
+
+/// The name of an object. Kubernetes calls it a subdomain, and bounds the whole but no part of it.
+pub fn is_object_name(name: &str) -> bool {
+    name.len() <= 253 && name.split('.').all(is_part)
+}
+
+fn is_part(name: &str) -> bool {
+    let inner = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+    name.bytes().all(|byte| inner(byte) || byte == b'-')
+        && name.bytes().next().is_some_and(inner)
+        && name.bytes().next_back().is_some_and(inner)
 }
 
 impl fmt::Display for Identity {
@@ -111,6 +118,7 @@ mod tests {
             identity("cluster.local", "shop", "web"),
             identity("td", "kube-public", "a.b.c"),
             identity("a.b", "s", "x.y.serviceaccount.identity.linkerd.evil"),
+            identity("td", "s", &"x".repeat(253)),
         ] {
             assert_eq!(
                 Identity::from_linkerd_name(&wanted.linkerd_name()),
@@ -133,6 +141,8 @@ mod tests {
             "spiffe://cluster.local/ns/sh.op/sa/web",
             "https://cluster.local/ns/shop/sa/web",
             "spiffe://Cluster.local/ns/shop/sa/web",
+            &format!("spiffe://{}/ns/shop/sa/web", "x".repeat(64)),
+            &format!("spiffe://cluster.local/ns/shop/sa/{}", "x".repeat(254)),
         ] {
             assert_eq!(Identity::from_spiffe_id(uri), None, "{uri}");
         }
@@ -161,6 +171,16 @@ mod tests {
         assert!(is_subdomain(&longest));
         for name in ["", ".", "a.", ".a", "a..b", &format!("{longest}y")] {
             assert!(!is_subdomain(name), "{name}");
+            assert!(!is_object_name(name), "{name}");
+        }
+        // Of an object no part is bounded.
+        for name in ["x".repeat(64), "x".repeat(253), "x".repeat(100) + ".y"] {
+            assert!(is_object_name(&name), "{name}");
+            assert!(!is_subdomain(&name), "{name}");
+        }
+        assert!(is_object_name(&longest));
+        for name in ["a_b", "A", "a.-b", "a-.b", &"x".repeat(254)] {
+            assert!(!is_object_name(name), "{name}");
         }
     }
 }

@@ -21,7 +21,7 @@ pub(super) struct Circumstances<'a> {
     pub(super) pods: &'a Pods,
     /// Of the agents.
     pub(super) namespace: &'a Arc<str>,
-    /// Requests of that node that came earlier and are not answered yet.
+    /// Places that requests of that node take which are not answered yet, this one among them.
     pub(super) pending: usize,
     pub(super) most_pending: usize,
     /// It has waited as long as anything may.
@@ -30,13 +30,13 @@ pub(super) struct Circumstances<'a> {
 
 pub(super) fn decide(ask: &Ask, at: &Circumstances<'_>) -> Decision {
     let node = &ask.requester.node;
-    if at.pending >= at.most_pending {
+    if at.pending > at.most_pending {
         return Decision::Deny(Refusal::new(
             Reason::TooManyPending,
             format!(
-                "{} requests of node {node} are not answered yet, at most {} may be \
+                "requests of node {node} that are not answered yet take all of its {} places \
                  (PICOMESH_NODE_REQUESTS); ask again later",
-                at.pending, at.most_pending
+                at.most_pending
             ),
         ));
     }

@@ -25,9 +25,12 @@ use super::{
     decide::{Circumstances, Decision, decide},
     pods::Pods,
 };
-use crate::control::{
-    ask::{Ask, Refusal, Rules, Stage, is_ours},
-    feed::Told,
+use crate::{
+    control::{
+        ask::{Ask, Refusal, Rules, Stage, is_ours},
+        feed::Told,
+    },
+    state::Identity,
 };
 
 /// How late a watch that is well may be before a request is denied for what it has not shown.
@@ -37,6 +40,10 @@ const ISSUED_STAYS: Duration = Duration::from_secs(300);
 const REFUSED_STAYS: Duration = Duration::from_secs(3600);
 /// Whoever asked has long given up.
 const PENDING_STAYS: Duration = Duration::from_secs(900);
+/// Open requests for one identity that take one place of a node together. Keys of open requests end
+/// with the agent, so one that starts anew asks for all of them once more; a container that fails
+/// is not started more often in [`PENDING_STAYS`].
+pub(super) const REPEATS: usize = 8;
 /// Finished ones are collected sooner when there are more: somebody floods.
 const MOST_FINISHED: usize = 2000;
 /// But not before the agent has seen its certificate.
@@ -250,10 +257,11 @@ impl Requests {
     }
 
     fn answers(&self, pods: &Pods, now: Instant) -> Vec<Work> {
-        let mut pending: HashMap<&str, usize> = HashMap::new();
+        let mut pending: HashMap<&str, Share<'_>> = HashMap::new();
         for entry in self.known.values() {
-            if let (Stage::Approved, Some(node)) = (entry.stage, entry.node()) {
-                *pending.entry(node).or_default() += 1;
+            if let (Stage::Approved, Ok(ask)) = (entry.stage, &entry.ask) {
+                let share = pending.entry(&ask.requester.node).or_default();
+                share.take(ask.identity());
             }
         }
         let mut undecided: Vec<_> = self.known.iter().collect();
@@ -271,13 +279,13 @@ impl Requests {
                     conditions,
                 },
                 Ok(ask) => {
-                    let pending = pending.entry(&ask.requester.node).or_default();
+                    let share = pending.entry(&ask.requester.node).or_default();
                     // Silence of a watch that is not well says nothing.
                     let heard = pods.well_since().map(|well| entry.since.max(well));
                     let at = Circumstances {
                         pods,
                         namespace: &self.rules.namespace,
-                        pending: *pending,
+                        pending: share.with(ask.identity()),
                         most_pending: self.most_pending,
                         patience_over: heard.is_some_and(|since| now - since >= PATIENCE),
                     };
@@ -287,14 +295,14 @@ impl Requests {
                             conditions,
                         },
                         Decision::Approve => {
-                            *pending += 1;
+                            share.take(ask.identity());
                             What::Approve {
                                 of: format!("{} on {}", ask.identity(), ask.requester.node),
                                 conditions,
                             }
                         }
                         Decision::Wait(_) => {
-                            *pending += 1;
+                            share.take(ask.identity());
                             continue;
                         }
                     }
@@ -342,6 +350,27 @@ impl Requests {
             .take(SWEEP)
             .map(|(name, entry)| entry.work(name, What::Collect))
             .collect()
+    }
+}
+
+/// What a node has open.
+#[derive(Default)]
+struct Share<'a> {
+    /// Requests for each.
+    identities: HashMap<&'a Identity, usize>,
+    places: usize,
+}
+
+impl<'a> Share<'a> {
+    /// Places that are taken if this is asked for, too.
+    fn with(&self, identity: &Identity) -> usize {
+        let open = self.identities.get(identity).copied().unwrap_or(0);
+        self.places + usize::from(open.is_multiple_of(REPEATS))
+    }
+
+    fn take(&mut self, identity: &'a Identity) {
+        self.places = self.with(identity);
+        *self.identities.entry(identity).or_default() += 1;
     }
 }
 

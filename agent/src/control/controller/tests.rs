@@ -70,6 +70,14 @@ fn request(name: &str) -> Value {
     })
 }
 
+/// What it asks for another account of that namespace.
+fn request_for(name: &str, account: &str) -> Value {
+    let mut request = request(name);
+    let uri = format!("spiffe://cluster.local/ns/shop/sa/{account}");
+    asking(&mut request, &pem_of(&uri));
+    request
+}
+
 fn pod(namespace: &str, name: &str, uid: &str, account: &str, node: &str) -> Value {
     json!({
         "metadata": {"namespace": namespace, "name": name, "uid": uid},
@@ -435,7 +443,10 @@ async fn a_node_with_too_many_open_requests_is_denied_and_others_are_not() {
     let _running = run_on(&server, true);
     // Nobody signs, so what is approved is still open.
     for number in 0..6 {
-        server.put(REQUESTS, request(&format!("r{number}")));
+        let account = format!("a{number}");
+        server.put(PODS, pod("shop", &account, &account, &account, "n1"));
+        let asks = request_for(&format!("r{number}"), &account);
+        server.put(REQUESTS, asks);
         sleep(Duration::from_secs(1)).await;
     }
     let answers: Vec<_> = (0..6)
@@ -453,6 +464,30 @@ async fn a_node_with_too_many_open_requests_is_denied_and_others_are_not() {
     server.put(REQUESTS, other);
     sleep(Duration::from_secs(1)).await;
     assert_eq!(answer_of(&server, "other").unwrap().0, "Approved");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_that_starts_anew_and_asks_the_same_again_takes_no_second_place() {
+    let server = server();
+    for account in ["a", "b", "c", "d"] {
+        server.put(PODS, pod("shop", account, account, account, "n1"));
+    }
+    let _running = run_on(&server, true);
+    let asks = async |name: String, account: &str| {
+        server.put(REQUESTS, request_for(&name, account));
+        sleep(Duration::from_secs(1)).await;
+        answer_of(&server, &name).unwrap().0
+    };
+    // Nobody signs, so each start leaves its requests open.
+    for start in 0..requests::REPEATS {
+        for account in ["a", "b", "c", "web"] {
+            let answer = asks(format!("{account}{start}"), account).await;
+            assert_eq!(answer, "Approved", "{account}, start {start}");
+        }
+    }
+    // All places are taken, and somebody who asks without end takes more of them.
+    assert_eq!(asks("another".into(), "d").await, "Denied");
+    assert_eq!(asks("once-more".into(), "web").await, "Denied");
 }
 
 #[tokio::test(start_paused = true)]

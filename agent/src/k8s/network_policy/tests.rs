@@ -111,7 +111,12 @@ fn what_the_api_server_would_refuse_is_refused_with_field_and_remedy() {
             "is not a network",
         ),
         (
-            peer("{ipBlock: {cidr: \"::ffff:10.0.0.0/104\"}}"),
+            peer("{ipBlock: {cidr: 10.0.0.0/}}"),
+            "ipBlock.cidr",
+            "is not a network",
+        ),
+        (
+            peer("{ipBlock: {cidr: 10..0.0/8}}"),
             "ipBlock.cidr",
             "is not a network",
         ),
@@ -202,6 +207,44 @@ fn what_the_api_server_would_refuse_is_refused_with_field_and_remedy() {
             "{spec}: {message} does not say {remedy}"
         );
     }
+}
+
+#[test]
+fn networks_that_kubernetes_lets_stand_are_read_as_it_reads_them() {
+    for (written, meant) in [
+        ("010.001.000.000/08", "10.1.0.0/8"),
+        ("10.1.2.3/16", "10.1.0.0/16"),
+        ("0.0.0.0/0", "0.0.0.0/0"),
+        ("::ffff:10.1.0.0/112", "10.1.0.0/16"),
+        ("::ffff:010.1.0.0/0112", "10.1.0.0/16"),
+        ("::ffff:a01:0/112", "10.1.0.0/16"),
+        ("::ffff:10.0.0.0/80", "::/80"),
+        ("::/0", "::/0"),
+    ] {
+        let meant: IpNet = meant.parse().unwrap();
+        let spec = format!(
+            "podSelector: {{}}, ingress: [{{from: [{{ipBlock: {{cidr: \"{written}\"}}}}]}}]"
+        );
+        let policy = read(&spec).expect(written);
+        let block = NetworkMatch {
+            cidr: meant.trunc(),
+            except: Vec::new(),
+        };
+        let peer = &policy.ingress.unwrap()[0].peers[0];
+        assert_eq!(*peer, NetworkPeer::Block(block), "{written}");
+    }
+    // What is cut out is cut out in whatever clothes.
+    let hole = "podSelector: {}, ingress: [{from: [{ipBlock: {cidr: 10.0.0.0/8, \
+                except: [\"::ffff:10.1.0.0/112\"]}}]}]";
+    let policy = read(hole).unwrap();
+    let block = NetworkMatch {
+        cidr: "10.0.0.0/8".parse().unwrap(),
+        except: vec!["10.1.0.0/16".parse().unwrap()],
+    };
+    assert_eq!(
+        policy.ingress.unwrap()[0].peers[0],
+        NetworkPeer::Block(block)
+    );
 }
 
 #[test]

@@ -77,6 +77,25 @@ impl Watched {
         }
     }
 
+    fn bound(self, seen: Seen) -> Seen {
+        match self {
+            Self::Mesh(Kind::Server | Kind::NetworkPolicy) => seen,
+            Self::Mesh(
+                Kind::Node
+                | Kind::Namespace
+                | Kind::Pod
+                | Kind::Service
+                | Kind::EndpointSlice
+                | Kind::ServiceAccount
+                | Kind::ServerAuthorization
+                | Kind::AuthorizationPolicy
+                | Kind::MeshTlsAuthentication
+                | Kind::NetworkAuthentication,
+            )
+            | Self::Foreign(_) => seen.bounded(),
+        }
+    }
+
     pub(super) fn resource(self) -> Resource {
         match self {
             Self::Mesh(kind) => kind.resource(),
@@ -306,7 +325,7 @@ async fn watch_version(
             Ok(Event::Init) => Told::Listing,
             Ok(Event::InitDone) => Told::Listed,
             Ok(Event::InitApply(seen) | Event::Apply(seen)) => Told::There {
-                seen,
+                seen: watched.bound(seen),
                 api_version: Arc::clone(&api_version),
             },
             Ok(Event::Delete(seen)) => Told::Gone(seen),

@@ -3,7 +3,7 @@
 //! Pure but for the strings it shares; the room's one writer owns it. A kind counts as known when
 //! its first list is complete or its definition is known to be missing. An object that does not
 //! read keeps the state it had when it last did, and is named among the faults until it reads
-//! again or is gone.
+//! again or is gone. A policy that never read is closed ([`super::super::stand_in`]).
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
@@ -15,7 +15,7 @@ use std::{
 use tokio::time::Instant;
 
 use super::{
-    super::{Converter, FieldError, Seen, foreign::Foreign, share::Strings},
+    super::{Converter, FieldError, Seen, foreign::Foreign, share::Strings, stand_in},
     follow::{Told, Watched},
 };
 use crate::state::{
@@ -70,6 +70,8 @@ pub(super) struct Index {
     new_faults: BTreeSet<(Kind, Name)>,
     /// They are not what they were when somebody last asked.
     faults_changed: bool,
+    /// Policies that never read, and that something closed stands for.
+    stand_ins: BTreeSet<(Kind, Name)>,
     /// Pods are kept by uid; a watch names them.
     pods: HashMap<Name, PodUid>,
     kinds: HashMap<Watched, Known>,
@@ -103,6 +105,7 @@ impl Index {
             more_faults: BTreeSet::new(),
             new_faults: BTreeSet::new(),
             faults_changed: false,
+            stand_ins: BTreeSet::new(),
             pods: HashMap::new(),
             kinds: Watched::all().map(|of| (of, Known::default())).collect(),
             foreign: Foreign::default(),
@@ -311,11 +314,56 @@ impl Index {
                 self.take(kind, &name)
             }
             Err(error) => {
-                self.blame((kind, name.clone()), fault(kind, seen, api_version, &error));
+                let changed = self.stand_in(kind, &name, seen);
+                let mut fault = fault(kind, seen, api_version, &error);
+                if self.stand_ins.contains(&(kind, name.clone())) {
+                    let meanwhile = "; until it reads, nobody is let through where it selects";
+                    fault.message.push_str(meanwhile);
+                }
+                self.blame((kind, name.clone()), fault);
                 // Of a pod with this name and another uid nothing is left.
                 let other = self.pods.get(&name).is_some_and(|uid| **uid != *seen.uid());
-                kind == Kind::Pod && other && self.take(kind, &name)
+                changed || kind == Kind::Pod && other && self.take(kind, &name)
             }
+        }
+    }
+
+    /// A policy that does not read and has no last good state is closed.
+    fn stand_in(&mut self, kind: Kind, name: &Name, seen: &Seen) -> bool {
+        let key = self.key(name);
+        let (known, closed) = match kind {
+            Kind::Server => {
+                let closed = stand_in::server(&self.converter, seen);
+                let known = self.objects.servers.contains_key(&key);
+                (known, closed.map(Object::Server))
+            }
+            Kind::NetworkPolicy => {
+                let closed = stand_in::network_policy(&self.converter, seen);
+                let known = self.objects.network_policies.contains_key(&key);
+                (known, closed.map(Object::NetworkPolicy))
+            }
+            // Without one of these less is allowed, or nothing of it is decided.
+            Kind::Node
+            | Kind::Namespace
+            | Kind::Pod
+            | Kind::Service
+            | Kind::EndpointSlice
+            | Kind::ServiceAccount
+            | Kind::ServerAuthorization
+            | Kind::AuthorizationPolicy
+            | Kind::MeshTlsAuthentication
+            | Kind::NetworkAuthentication => return false,
+        };
+        let of = (kind, name.clone());
+        if known && !self.stand_ins.contains(&of) {
+            return false;
+        }
+        match closed {
+            Some(closed) => {
+                self.stand_ins.insert(of);
+                self.put(closed)
+            }
+            None => self.stand_ins.remove(&of) && self.take(kind, name),
         }
     }
 
@@ -339,6 +387,7 @@ impl Index {
         self.faults_changed |= self.faults.remove(&name).is_some();
         self.faults_changed |= self.more_faults.remove(&name);
         self.new_faults.remove(&name);
+        self.stand_ins.remove(&name);
     }
 
     /// In doubt, who was ready stays so unless it is being deleted or gone.
@@ -408,6 +457,7 @@ impl Index {
         self.faults.retain(|name, _| stays(name));
         self.more_faults.retain(stays);
         self.new_faults.retain(stays);
+        self.stand_ins.retain(stays);
         self.faults_changed |= (self.faults.len(), self.more_faults.len()) != before;
         if kind == Kind::Pod {
             self.pods.retain(|name, _| listed.contains(name));

@@ -1,3 +1,5 @@
+mod large;
+
 use serde_json::{Value, json};
 use tokio::{sync::oneshot, time::sleep};
 
@@ -12,6 +14,7 @@ const NAMESPACES: &str = "/api/v1/namespaces";
 const PODS: &str = "/api/v1/pods";
 const SERVICES: &str = "/api/v1/services";
 const SLICES: &str = "/apis/discovery.k8s.io/v1/endpointslices";
+const POLICIES: &str = "/apis/networking.k8s.io/v1/networkpolicies";
 const SERVERS: &str = "/apis/policy.linkerd.io/v1beta3/servers";
 const CILIUM: &str = "/apis/cilium.io/v2/ciliumnetworkpolicies";
 
@@ -517,6 +520,28 @@ fn failures_with_words_between_them_are_no_absence_and_end_none() {
 }
 
 #[test]
+fn a_change_that_comes_alone_does_not_wait_for_a_turn_and_a_stream_does() {
+    let now = Instant::now() + Duration::from_secs(3600);
+    let built = |ago: u64, took: u64| {
+        Some(Built {
+            took: Duration::from_millis(took),
+            at: now - Duration::from_millis(ago),
+        })
+    };
+    for (last, waits) in [
+        (None, 50),
+        (built(1000, 60), 50),
+        (built(580, 60), 50),
+        (built(0, 60), 600),
+        (built(200, 60), 400),
+        (built(0, 2), 50),
+        (built(0, 2000), 700),
+    ] {
+        assert_eq!((due(now, last) - now).as_millis(), waits, "{last:?}");
+    }
+}
+
+#[test]
 fn a_connection_that_fell_silent_was_absent_for_as_long() {
     let now = Instant::now() + Duration::from_secs(3600);
     let mut outage = Outage::default();
@@ -568,6 +593,79 @@ async fn an_agent_started_while_the_api_server_is_away_serves_from_what_was_know
     api.set_away(false);
     new.ready().await;
     assert!(new.pod("uid-a").is_some());
+}
+
+fn network_policy(name: &str, cidr: &str) -> Value {
+    json!({
+        "metadata": {"name": name, "namespace": "shop", "uid": "uid-policy"},
+        "spec": {"podSelector": {"matchLabels": {"app": "a"}},
+                 "ingress": [{"from": [{"ipBlock": {"cidr": cidr}}]}]},
+    })
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_policy_that_never_read_lets_nobody_through() {
+    let api = cluster();
+    api.define("servers", "policy.linkerd.io", "v1beta3");
+    let mut odd = server(json!(8080));
+    odd["spec"]["accessPolicy"] = "ask".into();
+    api.put(SERVERS, odd);
+    api.put(POLICIES, network_policy("p", "nowhere"));
+    let mut world = World::start(&api, None);
+    world.ready().await;
+    let closed = |world: &World| {
+        let objects = world.objects.borrow();
+        let policy = objects.network_policies.values().next().unwrap();
+        (
+            policy.pod_selector.match_labels.len(),
+            policy.ingress.clone(),
+        )
+    };
+    assert_eq!(closed(&world), (1, Some(Vec::new())));
+    assert_eq!(world.objects.borrow().servers.len(), 1);
+    let faults = world.faulty(true).await;
+    assert_eq!(faults.len(), 2);
+    for fault in faults.iter() {
+        assert!(fault.message.contains("nobody is let through"), "{fault}");
+    }
+
+    // Another word that does not read is closed as that one says; no list takes it away.
+    let mut all = network_policy("p", "nowhere");
+    all["spec"]["podSelector"] = json!({});
+    api.put(POLICIES, all);
+    sleep(Duration::from_secs(1)).await;
+    api.forget(POLICIES);
+    sleep(Duration::from_secs(10)).await;
+    assert_eq!(closed(&world), (0, Some(Vec::new())));
+
+    // Once it has read, that counts, whatever comes.
+    api.put(POLICIES, network_policy("p", "10.0.0.0/8"));
+    api.put(SERVERS, server(json!(8080)));
+    world.faulty(false).await;
+    let good = closed(&world);
+    assert_eq!(good.1.as_ref().unwrap().len(), 1);
+    api.put(POLICIES, network_policy("p", "nowhere"));
+    let fault = world.faulty(true).await[0].clone();
+    assert!(!fault.message.contains("nobody"), "{fault}");
+    assert_eq!(closed(&world), good);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_kubernetes_accepts_of_a_network_policy_is_in_force() {
+    let api = cluster();
+    let name = "x".repeat(253);
+    let mut long = network_policy(&name, "::ffff:10.0.0.0/104");
+    let peer = long["spec"]["ingress"][0]["from"][0].clone();
+    long["spec"]["ingress"][0]["from"] = vec![peer; 20_000].into();
+    assert!(long.to_string().len() > 600 * 1024);
+    api.put(POLICIES, long);
+    let mut world = World::start(&api, None);
+    world.ready().await;
+    assert!(world.faults.borrow().is_empty());
+    let objects = world.objects.borrow();
+    let policy = objects.network_policies.values().next().unwrap();
+    assert_eq!(*policy.key.name, *name);
+    assert_eq!(policy.ingress.as_ref().unwrap()[0].peers.len(), 20_000);
 }
 
 #[tokio::test(start_paused = true)]
