@@ -91,7 +91,7 @@ impl Shown {
 
     fn state(&self) -> Value {
         let mesh = self.mesh.load();
-        let local = || mesh.workloads.values().filter(|workload| workload.local);
+        let meshed = mesh.local.iter().filter(|workload| workload.meshed);
         let pending = self.readiness.pending();
         let (series, series_dropped) = self.metrics.series();
         let host_problem = self.datapath.host_problem();
@@ -119,8 +119,8 @@ impl Shown {
             "mesh_version": mesh.version,
             "nodes": mesh.node_addresses.len(),
             "workloads": mesh.workloads.len(),
-            "local_pods": local().count(),
-            "local_pods_meshed": local().filter(|workload| workload.meshed).count(),
+            "local_pods": mesh.local.len(),
+            "local_pods_meshed": meshed.count(),
             "frontends": mesh.frontends.len(),
             "connections": self.metrics.connections(),
             "series": series,
@@ -221,8 +221,8 @@ impl Shown {
         let pods = match &question.pod {
             Some(name) => vec![explain::local_pod(&mesh, name)?],
             None => {
-                let local = mesh.workloads.values();
-                let mut pods: Vec<_> = local.filter(|pod| pod.local && pod.meshed).collect();
+                let local = mesh.local.iter();
+                let mut pods: Vec<_> = local.filter(|pod| pod.meshed).collect();
                 pods.sort_by(|a, b| a.key.cmp(&b.key));
                 pods
             }
