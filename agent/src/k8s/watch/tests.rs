@@ -1,3 +1,5 @@
+mod large;
+
 use serde_json::{Value, json};
 use tokio::{sync::oneshot, time::sleep};
 
