@@ -35,6 +35,8 @@ pub(crate) enum Need {
     Nodes,
     /// The archive of the agent's image.
     Image,
+    /// Minutes: `cargo xtask test --full`.
+    Full,
 }
 
 impl Need {
@@ -52,6 +54,7 @@ impl Need {
                 Err(e) => Some(format!("{e:#}")),
             },
             Self::Image => image().err().map(|e| format!("{e:#}")),
+            Self::Full => (!full()).then(|| "it takes minutes: cargo xtask test --full".into()),
         }
     }
 }

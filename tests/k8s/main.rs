@@ -5,6 +5,8 @@
 //! removed; each has a Kubernetes namespace of its own. With KUBECONFIG set they use that cluster
 //! instead, and those that reach into nodes are ignored. `cargo xtask test --tier k8s` gets what is
 //! missing and says where it lies.
+mod api;
+mod crowded;
 mod ground;
 mod install;
 mod kinds;
@@ -46,6 +48,8 @@ fn main() -> ExitCode {
         outage::TESTS,
         removal::TESTS,
         leftovers::TESTS,
+        // Last: the namespaces it leaves take a cluster minutes to tidy up.
+        crowded::TESTS,
     ];
     let trials = tables.concat().into_iter().map(trial).collect();
     let conclusion = libtest_mimic::run(&arguments, trials);

@@ -201,7 +201,7 @@ impl Drop for Outage<'_> {
 }
 
 /// The agent itself, of its pod's processes.
-fn agent_process(cluster: &Cluster, uid: &str) -> Result<i32> {
+pub(crate) fn agent_process(cluster: &Cluster, uid: &str) -> Result<i32> {
     let is_agent = |pid: &i32| {
         let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let mut words = command.split(|byte| *byte == 0);
