@@ -421,6 +421,28 @@ async fn an_absence_counts_from_the_last_word_before_it() {
 }
 
 #[test]
+fn a_change_that_comes_alone_does_not_wait_for_a_turn_and_a_stream_does() {
+    let now = Instant::now() + Duration::from_secs(3600);
+    let built = |ago: u64, took: u64| {
+        Some(Built {
+            took: Duration::from_millis(took),
+            at: now - Duration::from_millis(ago),
+        })
+    };
+    for (last, waits) in [
+        (None, 50),
+        (built(1000, 60), 50),
+        (built(580, 60), 50),
+        (built(0, 60), 600),
+        (built(200, 60), 400),
+        (built(0, 2), 50),
+        (built(0, 2000), 700),
+    ] {
+        assert_eq!((due(now, last) - now).as_millis(), waits, "{last:?}");
+    }
+}
+
+#[test]
 fn a_connection_that_fell_silent_was_absent_for_as_long() {
     let now = Instant::now() + Duration::from_secs(3600);
     let mut outage = Outage::default();
