@@ -29,7 +29,7 @@ use crate::{
         removal::Leaving,
         status, watch as watches,
     },
-    state::{Mesh, Workload},
+    state::Mesh,
 };
 
 /// Failures that a status names; it must stay small.
@@ -78,7 +78,7 @@ fn node_status(shown: &Shown, plugin: &Installed) -> MeshNodeStatus {
     let mut failed: Vec<_> = failures(&pods).chain(refused(&mesh)).collect();
     failed.sort_by(|a, b| a.pod.cmp(&b.pod).then_with(|| a.uid.cmp(&b.uid)));
     let captured = pods.iter().filter(|pod| pod.state == "captured").count();
-    let meshed = local(&mesh).filter(|workload| workload.meshed).count();
+    let meshed = mesh.local.iter().filter(|workload| workload.meshed).count();
     let number = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
 
     let certificates = shown.identities.status();
@@ -201,7 +201,7 @@ fn failures(pods: &[PodStatus]) -> impl Iterator<Item = FailedPod> + '_ {
 
 /// Pods that a policy of the CNI's keeps outside.
 fn refused(mesh: &Mesh) -> impl Iterator<Item = FailedPod> + '_ {
-    local(mesh).filter_map(|workload| {
+    mesh.local.iter().filter_map(|workload| {
         Some(FailedPod {
             uid: workload.uid.to_string(),
             pod: workload.key.to_string(),
@@ -209,10 +209,6 @@ fn refused(mesh: &Mesh) -> impl Iterator<Item = FailedPod> + '_ {
             message: workload.refused.as_ref()?.to_string(),
         })
     })
-}
-
-fn local(mesh: &Mesh) -> impl Iterator<Item = &Arc<Workload>> {
-    mesh.workloads.values().filter(|workload| workload.local)
 }
 
 /// Events on what a person should look at.

@@ -91,14 +91,14 @@ fn missing(workload: &Workload, name: String, told: Told) -> PodStatus {
 
 /// Pods of this node that are there and outside of the mesh.
 fn outside(mesh: &Mesh) -> HashSet<PodUid> {
-    let local = mesh.workloads.values().filter(|workload| workload.local);
+    let local = mesh.local.iter();
     let outside = local.filter(|workload| !workload.meshed && !workload.undecided);
     outside.map(|workload| workload.uid.clone()).collect()
 }
 
 /// Pods of this node, meshed or not: series of others may go.
 pub fn live(mesh: &Mesh) -> HashSet<PodUid> {
-    let local = mesh.workloads.values().filter(|workload| workload.local);
+    let local = mesh.local.iter();
     local.map(|workload| workload.uid.clone()).collect()
 }
 
@@ -128,8 +128,8 @@ impl Identities {
 }
 
 fn local_meshed(mesh: &Mesh) -> impl Iterator<Item = &Arc<Workload>> {
-    let all = mesh.workloads.values();
-    all.filter(|workload| workload.local && workload.meshed && !workload.host_network)
+    let local = mesh.local.iter();
+    local.filter(|workload| workload.meshed && !workload.host_network)
 }
 
 fn config(workload: &Workload) -> PodConfig {

@@ -5,7 +5,6 @@
 //! has committed writes its own. Nothing here may fail a start.
 
 use std::{
-    collections::BTreeMap,
     fs,
     path::Path,
     sync::{
@@ -83,20 +82,17 @@ enum Content {
 
 impl Content {
     fn encode(&self) -> Vec<u8> {
-        let state = match self {
+        match self {
             Self::Texts(texts) => State {
                 manifests: texts
                     .iter()
                     .map(|(name, text)| (name.clone(), text.to_string()))
                     .collect(),
                 objects: Vec::new(),
-            },
-            Self::Objects(objects) => State {
-                manifests: BTreeMap::new(),
-                objects: objects.each().collect(),
-            },
-        };
-        state.encode()
+            }
+            .encode(),
+            Self::Objects(objects) => State::encode_objects(objects),
+        }
     }
 }
 

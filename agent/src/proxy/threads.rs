@@ -609,13 +609,13 @@ fn remember_leavers(thread: &Thread, before: &Mesh, now: &Mesh) {
     let until = Instant::now() + thread.settings.timing.recently_meshed;
     let mut left = thread.left.borrow_mut();
     left.retain(|_, until| Instant::now() < *until);
-    for (uid, workload) in &before.workloads {
+    for workload in &before.local {
         let still = now
             .workloads
-            .get(uid)
+            .get(&workload.uid)
             .is_some_and(|workload| workload.meshed);
-        if workload.local && workload.meshed && !still {
-            left.insert(PodUid::clone(uid), until);
+        if workload.meshed && !still {
+            left.insert(PodUid::clone(&workload.uid), until);
         }
     }
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 
 use super::sealed::hex;
-use crate::state::objects::Object;
+use crate::state::objects::{Object, Objects};
 
 /// What was in force: of the two only the one that its source gives.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -46,9 +46,23 @@ impl State {
         serde_json::to_vec(self).unwrap_or_default()
     }
 
+    /// The same of a cluster's objects alone, without a copy of all of them at once.
+    pub fn encode_objects(objects: &Objects) -> Vec<u8> {
+        #[derive(Serialize)]
+        struct OfObjects<'a> {
+            #[serde(serialize_with = "one_by_one")]
+            objects: &'a Objects,
+        }
+        serde_json::to_vec(&OfObjects { objects }).unwrap_or_default()
+    }
+
     pub fn decode(body: &[u8]) -> Result<Self, serde_json::Error> {
         serde_json::from_slice(body)
     }
+}
+
+fn one_by_one<S: Serializer>(objects: &&Objects, to: S) -> Result<S::Ok, S::Error> {
+    to.collect_seq(objects.each())
 }
 
 impl Keys {

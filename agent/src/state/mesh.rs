@@ -70,7 +70,7 @@ pub struct Mesh {
     /// Counts the builds of this process, from 1.
     pub version: u64,
     pub workloads: HashMap<PodUid, Arc<Workload>>,
-    /// Those of this node.
+    /// Those of this node: what is looked at again and again looks here, however large the cluster.
     pub local: Vec<Arc<Workload>>,
     /// Live, not terminal, not host-network. Addresses claimed twice are absent (see problems).
     pub by_ip: HashMap<IpAddr, Arc<Workload>>,

@@ -44,7 +44,7 @@ pub(crate) use follow::{Pause, config, config_of_many, endless, is_relist, sente
 const GATHER: Duration = Duration::from_millis(50);
 /// Meshes are built during at most so large a part of the time: one in this many.
 const SHARE: u32 = 10;
-/// And yet no change waits longer than this for a build.
+/// And yet after a build no change waits longer than this for the next.
 const LONGEST_WAIT: Duration = Duration::from_millis(700);
 /// How long the API server may take at start before what an agent before knew is in force.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -97,7 +97,7 @@ pub async fn run(
         outputs,
         outage: Outage::default(),
         due: has_before.then(|| Instant::now() + PATIENCE),
-        built: Duration::ZERO,
+        last: None,
         loaded: Some(loaded),
         has_before,
         more_faults: 0,
@@ -166,6 +166,21 @@ impl Outage {
     }
 }
 
+/// A build.
+#[derive(Clone, Copy, Debug)]
+struct Built {
+    took: Duration,
+    /// It ended then.
+    at: Instant,
+}
+
+/// When a mesh is to be built of a change that has come now. One that comes alone waits for its
+/// companions only; one in a stream, for its turn as well.
+fn due(now: Instant, last: Option<Built>) -> Instant {
+    let turn = last.map(|last| last.at + (last.took * SHARE).min(LONGEST_WAIT));
+    turn.into_iter().fold(now + GATHER, Instant::max)
+}
+
 struct Writer<F> {
     /// Out while a blocking thread builds.
     index: Option<Index>,
@@ -175,8 +190,7 @@ struct Writer<F> {
     outage: Outage,
     /// A mesh is to be built then.
     due: Option<Instant>,
-    /// How long the last one took.
-    built: Duration,
+    last: Option<Built>,
     /// Until the first mesh.
     loaded: Option<F>,
     has_before: bool,
@@ -209,13 +223,9 @@ impl<F: FnOnce() + Send> Writer<F> {
         let doubtful = self.outage.is_doubtful(now);
         let Some(index) = &mut self.index else { return };
         if index.hear(watched, told, now, doubtful) {
-            let soon = now + self.wait();
+            let soon = due(now, self.last);
             self.due = Some(self.due.map_or(soon, |due| due.min(soon)));
         }
-    }
-
-    fn wait(&self) -> Duration {
-        (self.built * SHARE).clamp(GATHER, LONGEST_WAIT)
     }
 
     fn next_look(&self) -> Instant {
@@ -273,7 +283,11 @@ impl<F: FnOnce() + Send> Writer<F> {
             Ok(done) => done,
             Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
         };
-        self.built = begun.elapsed();
+        let last = Built {
+            took: begun.elapsed(),
+            at: Instant::now(),
+        };
+        self.last = Some(last);
 
         for fault in index.take_new_faults() {
             warn!(%fault, "an object is not in force; what was good before stays");
@@ -288,7 +302,7 @@ impl<F: FnOnce() + Send> Writer<F> {
         for problem in mesh.problems.iter().filter(new) {
             warn!(%problem, "the objects do not fit together");
         }
-        debug!(version, pods = mesh.workloads.len(), took = ?self.built, "new mesh");
+        debug!(version, pods = mesh.workloads.len(), took = ?last.took, "new mesh");
         self.outputs.faults.send_replace(Arc::new(faults));
         let objects = Arc::new(index.objects().clone());
         self.outputs.objects.send_replace(objects);
