@@ -49,7 +49,7 @@ use picomesh_common::config::LAYOUT;
 use tokio::{
     sync::{mpsc, watch},
     task::{AbortHandle, JoinHandle, spawn_blocking},
-    time::sleep,
+    time::{sleep, timeout},
 };
 use tracing::{info, warn};
 
@@ -94,6 +94,9 @@ const TURN_AT_START: Duration = Duration::from_millis(100);
 const CALM: Duration = Duration::from_millis(20);
 /// For what has nothing to do with connections, once those have ended.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+/// Of an end without a successor: new connections wait for the next agent while the last ones
+/// finish. Those that are short need no more.
+const LAST_CALLS: Duration = Duration::from_secs(2);
 /// How soon after the signal to end a removal of the mesh must show to count.
 const SHOWS: Duration = Duration::from_secs(5);
 /// A successor waits for so long, at most, for its certificates before it begins to repair, and then
@@ -105,6 +108,7 @@ pub struct Agent {
     pub bound: Bound,
     pub readiness: Readiness,
     proxy: Arc<Proxy>,
+    datapath: Arc<Datapath>,
     identities: Identities,
     access_log: AccessLog,
     /// Ends the watch of the manifests and the HTTP server.
@@ -455,7 +459,7 @@ pub async fn start(
         sockets,
         metrics: Mutex::new(Some((metrics_address, metrics_socket))),
         proxy: proxy.clone(),
-        datapath,
+        datapath: datapath.clone(),
         paused: Mutex::new(None),
         writes,
         accepting,
@@ -483,6 +487,7 @@ pub async fn start(
         bound,
         readiness,
         proxy,
+        datapath,
         identities,
         access_log,
         drain,
@@ -553,8 +558,9 @@ fn serve(
 }
 
 impl Agent {
-    /// Lets open connections finish until `deadline`. Everything in the kernel stays as it is: new
-    /// connections of captured pods wait for the next agent, they do not go out in plain. Unless
+    /// Lets open connections finish until `deadline`, and serves whoever comes meanwhile, but for
+    /// the last moment ([`LAST_CALLS`]), so that none is cut. Everything in the kernel stays as it
+    /// is: new connections of captured pods wait for the next agent, they do not go out in plain. Unless
     /// the mesh is being taken off its cluster: then every pod leaves it, and nothing stays.
     pub async fn end(self, deadline: Duration) {
         info!(?deadline, "ending: open connections may finish");
@@ -566,9 +572,13 @@ impl Agent {
             if let Some(on) = self.cluster.as_ref().filter(|_| ours) {
                 cluster::removal_would_show(on.leaving.clone(), LAST_WORDS, SHOWS).await;
             }
-            self.proxy
-                .drain(deadline.saturating_sub(begun.elapsed()))
-                .await
+            let left = || deadline.saturating_sub(begun.elapsed());
+            if ours {
+                let serving = left().saturating_sub(LAST_CALLS.min(deadline / 2));
+                let _over = timeout(serving, self.proxy.idle()).await;
+                self.close().await;
+            }
+            self.proxy.drain(left()).await
         };
         let drained = tokio::select! {
             // First: what is seen last is seen before the drain ends.
@@ -601,6 +611,16 @@ impl Agent {
             removing::remove(on.removal, dirs).await;
         }
         info!("ended");
+    }
+
+    /// Takes no new connection, and cuts none that has come already: closing a listener resets what
+    /// is in its queue.
+    async fn close(&self) {
+        // Meanwhile somebody may have come after all; and whom the mesh lets go needs no agent.
+        if self.dirs.lock().is_some() && !self.removed.load(Ordering::Acquire) {
+            self.datapath.close().await;
+            self.proxy.retire(Duration::ZERO).await;
+        }
     }
 
     /// New connections of all pods go their old way from here on; those that we carry finish.

@@ -40,6 +40,11 @@ pub(crate) const TESTS: &[Test] = &[
         run: agents::sigterm_lets_connections_finish_and_leaves_everything_pinned,
     },
     Test {
+        name: "lifecycle::an_end_without_a_successor_cuts_nobody_who_has_just_come",
+        needs: &[Need::Mesh],
+        run: agents::an_end_without_a_successor_cuts_nobody_who_has_just_come,
+    },
+    Test {
         name: "lifecycle::cleanup_leaves_no_trace",
         needs: &[Need::Mesh],
         run: agents::cleanup_leaves_no_trace,

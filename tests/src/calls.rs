@@ -13,6 +13,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow};
+use socket2::{Domain, Socket, Type};
 
 use crate::{Netns, client, crowd::WORD};
 
@@ -111,8 +112,14 @@ fn call(to: SocketAddr) -> Call {
     let mut from = None;
     let mut phase = "connect";
     let once = || -> std::io::Result<()> {
-        let mut stream = client::connect(to, PATIENCE)?;
-        from = stream.local_addr().ok();
+        let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
+        let connected = socket.connect_timeout(&to.into(), PATIENCE);
+        // One that is reset before anybody looks has had an address, too.
+        from = socket.local_addr().ok().and_then(|own| own.as_socket());
+        connected?;
+        socket.set_read_timeout(Some(PATIENCE))?;
+        socket.set_write_timeout(Some(PATIENCE))?;
+        let mut stream = socket.into();
         phase = "exchange";
         client::ping(&mut stream, WORD)
     };

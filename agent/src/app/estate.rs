@@ -8,6 +8,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    time::Duration,
 };
 
 use futures_util::future::BoxFuture;
@@ -24,6 +25,10 @@ use crate::{
     },
     proxy::Proxy,
 };
+
+/// After a hand-over the pods' listeners are open for so long at least: a handshake whose SYN-ACK
+/// was lost once takes a second more.
+const RETIRING: Duration = Duration::from_secs(3);
 
 /// The directories, until they are the successor's.
 pub(super) type HeldDirs = Arc<Mutex<Option<Dirs>>>;
@@ -103,7 +108,7 @@ impl predecessor::Estate for Estate {
             if let Some(paused) = paused {
                 paused.for_good();
             }
-            self.proxy.retire().await;
+            self.proxy.retire(RETIRING).await;
             self.datapath.let_go();
             self.dirs.lock().take();
         })

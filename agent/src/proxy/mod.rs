@@ -37,7 +37,10 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::sleep,
+};
 
 use crate::{
     access_log::AccessLog,
@@ -56,6 +59,8 @@ pub use tunnel::{PeersStatus, TunnelStatus, hbone};
 /// The port of tunnels, of nodes and (ztunnel's way) of pods.
 pub use picomesh_common::config::TUNNEL_PORT;
 
+/// Between two looks whether anybody is still connected.
+const LOOK: Duration = Duration::from_millis(50);
 /// Commands that wait for one data thread.
 const COMMANDS: usize = 256;
 
@@ -245,15 +250,16 @@ impl Proxy {
             .collect()
     }
 
-    /// A successor accepts everything from here on. Tunnels are not accepted any more and those
-    /// that stand are said goodbye; the pods' listeners, which nobody leads anybody to any more,
-    /// are closed when their queues have been empty for a while. [`Proxy::drain`] waits for that.
-    pub async fn retire(&self) {
+    /// A successor accepts everything from here on, or nobody does. Tunnels are not accepted any
+    /// more and those that stand are said goodbye; the pods' listeners, which nobody leads anybody
+    /// to any more, are closed when their queues have been empty for a while, and not before
+    /// `least` is over. [`Proxy::drain`] waits for that.
+    pub async fn retire(&self, least: Duration) {
         self.tunnel_sockets.lock().clear();
         let mut answers = Vec::with_capacity(self.threads.len());
         for thread in &self.threads {
             let (done, answer) = oneshot::channel();
-            thread.send(threads::Command::Retire { done }).await;
+            thread.send(threads::Command::Retire { least, done }).await;
             answers.push(answer);
         }
         for answer in answers {
@@ -271,6 +277,13 @@ impl Proxy {
     pub async fn follow(&self, mut events: mpsc::Receiver<PodEvent>) {
         while let Some(event) = events.recv().await {
             self.handle(event).await;
+        }
+    }
+
+    /// Returns when no connection is open.
+    pub async fn idle(&self) {
+        while self.limits().connections > 0 {
+            sleep(LOOK).await;
         }
     }
 
@@ -341,7 +354,7 @@ impl Proxy {
     }
 
     /// Goodbye to all peers; open connections have until `deadline`, then they are reset. Accepting
-    /// goes on to the last moment, unless a successor does it. A second call returns at once.
+    /// goes on to the last moment unless [`Proxy::retire`] has ended it. A second call returns at once.
     pub async fn drain(&self, deadline: Duration) -> Drained {
         let drain = self.drain.lock().take();
         match drain {

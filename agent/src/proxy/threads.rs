@@ -52,12 +52,9 @@ use crate::{
 const TICK: Duration = Duration::from_secs(1);
 /// Lines about refused tunnels; the rest is counted.
 const FAILURE_WORDS: Rate = Rate::new(10, 50);
-/// After a hand-over the pods' listeners are open for so long at least: a handshake whose SYN-ACK
-/// was lost once takes a second more.
-const RETIRING: Duration = Duration::from_secs(3);
-/// … and until nobody has come for so long.
+/// Listeners that nobody is led to any more are open until nobody has come for so long,
 const QUIET: Duration = Duration::from_secs(1);
-/// … and no longer than this: nobody is led there any more.
+/// and no longer than this.
 const LONGEST_RETIRING: Duration = Duration::from_secs(10);
 
 /// What a thread is told.
@@ -75,8 +72,11 @@ pub(super) enum Command {
     Listen {
         listeners: Vec<std::net::TcpListener>,
     },
-    /// A successor accepts from now on.
-    Retire { done: oneshot::Sender<()> },
+    /// Nobody is led here any more. The queues are emptied, for `least` at any rate.
+    Retire {
+        least: Duration,
+        done: oneshot::Sender<()>,
+    },
 }
 
 /// What few connections need and all threads share.
@@ -438,8 +438,8 @@ fn obey(thread: &Rc<Thread>, command: Command) {
             let _nobody = done.send(());
         }
         Command::Listen { listeners } => listen(thread, listeners),
-        Command::Retire { done } => {
-            retire(thread);
+        Command::Retire { least, done } => {
+            retire(thread, least);
             let _nobody = done.send(());
         }
     }
@@ -454,7 +454,7 @@ fn listen(thread: &Rc<Thread>, listeners: Vec<std::net::TcpListener>) {
     }
 }
 
-fn retire(thread: &Rc<Thread>) {
+fn retire(thread: &Rc<Thread>, least: Duration) {
     if thread.retiring.begun.replace(true) {
         return;
     }
@@ -463,7 +463,7 @@ fn retire(thread: &Rc<Thread>) {
     thread.retiring.listening.set(true);
     let thread = Rc::clone(thread);
     spawn_local(async move {
-        quiet(&thread.retiring).await;
+        quiet(&thread.retiring, least).await;
         // Not taken out of the table: what came before by a tunnel still needs sockets in them.
         for pod in thread.pods.borrow().values() {
             pod.stop();
@@ -478,7 +478,7 @@ fn retire(thread: &Rc<Thread>) {
 }
 
 /// Returns when nobody has come for a while.
-async fn quiet(retiring: &Retiring) {
+async fn quiet(retiring: &Retiring, least: Duration) {
     let begun = Instant::now();
     let (mut seen, mut since) = (retiring.accepted.get(), begun);
     while begun.elapsed() < LONGEST_RETIRING {
@@ -486,7 +486,7 @@ async fn quiet(retiring: &Retiring) {
         if retiring.accepted.get() != seen {
             (seen, since) = (retiring.accepted.get(), Instant::now());
         }
-        if begun.elapsed() >= RETIRING && since.elapsed() >= QUIET {
+        if begun.elapsed() >= least && since.elapsed() >= QUIET {
             return;
         }
     }

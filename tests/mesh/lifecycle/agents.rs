@@ -10,7 +10,9 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, ensure};
 use picomesh_tests::{
-    AgentOptions, Netns, Pod, agent, client,
+    AgentOptions, Netns, Pod, agent,
+    calls::Calls,
+    client,
     hooks::Hooks,
     load::Load,
     requirements,
@@ -113,6 +115,43 @@ pub(super) fn sigterm_lets_connections_finish_and_leaves_everything_pinned() -> 
     ensure!(!waiting.is_over(), "without an agent a connection passes");
     start_again(&mut ground, 0)?;
     waiting.succeeds()
+}
+
+pub(super) fn an_end_without_a_successor_cuts_nobody_who_has_just_come() -> Result<()> {
+    let mut ground = Ground::new()?;
+    let _server = Server::start(ground.far.netns(), PORT, Habit::Echo)?;
+    ground.mesh_with(&AgentOptions::default().arg("--drain-deadline", "4s"))?;
+    let to = ground.far.at(PORT);
+    // The caller's node and the server's.
+    for node in [0, 1] {
+        let calls = Calls::start(&ground.near, to, Duration::from_millis(20))?;
+        // Without somebody who stays an agent ends as soon as nobody is there.
+        let mut stays = ground.near.run(|| client::connect(to, PATIENCE))?;
+        client::ping(&mut stays, b"before")?;
+        let agent = ground.agent(node)?.process();
+        agent.signal(nix::sys::signal::Signal::SIGTERM);
+        let status = agent.wait(2 * PATIENCE)?;
+        ensure!(status.success(), "the agent ended with {status}");
+        start_again(&mut ground, node)?;
+        std::thread::sleep(Duration::from_secs(1));
+
+        let calls = calls.stop()?;
+        let failures: Vec<_> = calls.iter().filter_map(|c| c.failure.as_ref()).collect();
+        ensure!(
+            failures.is_empty(),
+            "node {node}: {} of {} failed: {:?}",
+            failures.len(),
+            calls.len(),
+            &failures[..failures.len().min(5)]
+        );
+        // The control: for a while nobody was there who could serve.
+        let longest = calls.iter().map(|call| call.took).max();
+        ensure!(
+            longest > Some(Duration::from_millis(500)),
+            "node {node}: nobody waited, the longest took {longest:?}"
+        );
+    }
+    Ok(())
 }
 
 pub(super) fn out_of_descriptors_an_agent_waits_and_goes_on() -> Result<()> {

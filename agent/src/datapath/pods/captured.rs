@@ -135,6 +135,15 @@ impl Captured {
         }
         Ok(())
     }
+
+    /// Leads nobody to our listeners any more; whoever is in their queues stays there.
+    pub(super) fn take_from_map(&self, core: &Core) -> Result<(), PodError> {
+        for (direction, family) in self.members.lock().keys() {
+            core.loader
+                .clear_listener(self.handle.slot(), *direction, *family)?;
+        }
+        Ok(())
+    }
 }
 
 /// Written into the devices, so that no other agent takes the namespace for free.

@@ -79,6 +79,24 @@ impl Datapath {
         self.kick();
     }
 
+    /// Nobody comes after us who could be led here instead: new connections wait from here on, as
+    /// without an agent. The loop, which would repair that, has had its last turn.
+    pub async fn close(&self) {
+        self.pause().await.for_good();
+        let (core, pods) = (Arc::clone(&self.core), self.table.lock().captured());
+        let closed = spawn_blocking(move || {
+            for pod in pods {
+                if let Err(error) = pod.take_from_map(&core) {
+                    tracing::warn!(pod = pod.name, %error, "new connections come to the last moment");
+                }
+            }
+        });
+        if let Err(error) = closed.await {
+            tracing::error!(%error, "new connections come to the last moment");
+        }
+        self.let_go();
+    }
+
     /// A successor serves. Gives up this room's copies of the listeners, so that those who accept
     /// from them can close them.
     pub fn let_go(&self) {
