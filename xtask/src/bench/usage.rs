@@ -252,7 +252,13 @@ mod tests {
             .args(["-c", "sleep 60 & wait"])
             .spawn()
             .unwrap();
-        let mb = resident_mb(shell.id() as i32);
+        let resident = || resident_mb(shell.id() as i32);
+        let start = Instant::now();
+        // Just born it is next to nothing.
+        while resident().is_ok_and(|mb| mb < 0.1) && start.elapsed() < Duration::from_secs(10) {
+            thread::sleep(Duration::from_millis(20));
+        }
+        let mb = resident();
         for pid in tree(&[shell.id() as i32]) {
             let pid = nix::unistd::Pid::from_raw(pid);
             nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
