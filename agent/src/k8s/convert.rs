@@ -145,6 +145,15 @@ impl Converter {
         let ready = conditions
             .iter()
             .any(|c| c.type_ == "Ready" && c.status == "True");
+        let service_account = spec.service_account_name.unwrap_or_default();
+        if !service_account.is_empty() && !crate::state::names::is_object_name(&service_account) {
+            return Err(FieldError::new(
+                "spec.serviceAccountName",
+                service_account,
+                "is no name of an account",
+                "write the name of a ServiceAccount of the pod's namespace",
+            ));
+        }
         let annotations = pod.metadata.annotations.as_ref();
         let mirror_of = annotations.and_then(|annotations| annotations.get(MIRROR));
         Ok(Pod {
@@ -158,7 +167,7 @@ impl Converter {
             host_network: spec.host_network.unwrap_or(false),
             // No default: the API server gives one to every pod but to mirrors, which a kubelet may
             // make in any namespace.
-            service_account: spec.service_account_name.unwrap_or_default().into(),
+            service_account: service_account.into(),
             mirror_of: mirror_of.map(|uid| Arc::from(uid.as_str())),
             words,
             ports,

@@ -63,6 +63,11 @@ fn a_mirror_is_known_as_one_and_nobody_is_given_an_account() {
     assert_eq!(mirror.mirror_of.as_deref(), Some("5e1f"));
     assert_eq!(&*mirror.service_account, "");
     assert_eq!(&*pod("", "", "").unwrap().service_account, "");
+    let error = pod("", "serviceAccountName: we'b", "").unwrap_err();
+    assert!(
+        error.to_string().contains("spec.serviceAccountName"),
+        "{error}"
+    );
 }
 
 #[test]
