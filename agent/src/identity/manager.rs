@@ -230,6 +230,13 @@ impl Identities {
         self.table.load().held.contains_key(identity)
     }
 
+    /// Was the last word of the signer on it a no?
+    pub fn is_refused(&self, identity: &Identity) -> bool {
+        let name = identity.to_string();
+        let status = self.status.load();
+        status.iter().any(|one| one.refused && one.identity == name)
+    }
+
     pub fn status(&self) -> Vec<CertificateStatus> {
         let now = self.clock.now();
         let mut list = self.status.load().as_ref().clone();

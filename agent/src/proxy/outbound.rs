@@ -123,7 +123,8 @@ async fn pump(client: TcpEnd, far: Far, shared: Shared) -> (End, Meter) {
 }
 
 /// Waits for a node whose agent is away, as a SYN that is sent again would: the agents of a node that
-/// has no room for two follow each other with seconds between them. What is known by then counts.
+/// has no room for two follow each other with seconds between them. And for the certificate of a
+/// pod that has just come into the mesh. What is known by then counts.
 async fn establish(
     thread: &Rc<Thread>,
     pod: &Rc<Pod>,
@@ -133,7 +134,7 @@ async fn establish(
     loop {
         match attempt(thread, pod, report).await {
             Err(refusal)
-                if refusal.reason == Reason::TunnelFailed
+                if passes(thread, report, &refusal)
                     && begun.elapsed() < thread.settings.timing.away =>
             {
                 sleep(LOOK).await;
@@ -141,6 +142,15 @@ async fn establish(
             done => return done,
         }
     }
+}
+
+/// May it be another answer in a moment?
+fn passes(thread: &Thread, report: &Report, refusal: &Refusal) -> bool {
+    let caller = report.record.src_workload.as_deref();
+    let may_be_signed =
+        || caller.is_some_and(|caller| !thread.identities.is_refused(&caller.identity));
+    refusal.reason == Reason::TunnelFailed
+        || (refusal.reason == Reason::NoCertificate && may_be_signed())
 }
 
 /// Who, where to, may it, by what: then the socket or stream.

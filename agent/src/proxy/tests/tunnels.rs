@@ -335,6 +335,46 @@ fn a_node_whose_agent_stays_away_is_not_waited_for_without_end() {
 }
 
 #[test]
+fn a_caller_whose_certificate_is_on_its_way_waits_for_it() {
+    world(|mut world| async move {
+        let listener = world.serve(at(CALLEE, PORT));
+        world.rename_caller("newcomer").await;
+        world.capture_all().await;
+        let mut client = dial(CALLER, at(SERVICE, 80)).await;
+        let early = timeout(Duration::from_secs(1), client.read(&mut [0])).await;
+        assert!(early.is_err(), "without a certificate it is told {early:?}");
+        let signed = world.one.identities.clone();
+        signed.set_wanted([identity("newcomer")].into());
+        let accepted = timeout(PATIENCE, listener.accept()).await;
+        accepted.expect("it is carried at last").unwrap();
+    });
+}
+
+#[test]
+fn a_caller_whose_certificate_is_refused_is_told_at_once() {
+    world(|mut world| async move {
+        // Longer than a name in a certificate may be.
+        let name = "n".repeat(300);
+        world.rename_caller(&name).await;
+        let own = identity(&name);
+        world.one.identities.set_wanted([own.clone()].into());
+        while !world.one.identities.is_refused(&own) {
+            sleep(Duration::from_millis(5)).await;
+        }
+        world.capture_all().await;
+        // RST may overtake the end of connect.
+        let refused = async {
+            let mut client = try_dial(CALLER, at(SERVICE, 80)).await?;
+            client.read(&mut [0]).await
+        };
+        let end = timeout(Duration::from_secs(5), refused).await;
+        let error = end.expect("long before others are given up").unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+        world.one.logged(&["outbound", "no_certificate"]).await;
+    });
+}
+
+#[test]
 fn a_tunnel_whose_peer_falls_silent_is_given_up() {
     let settings = |settings: &mut ProxySettings| {
         play_node_two(settings);

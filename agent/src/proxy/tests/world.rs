@@ -353,6 +353,13 @@ impl World {
         self.two.publish(&self.objects);
     }
 
+    /// Gives the caller another account, for which nobody has asked for a certificate.
+    pub(super) async fn rename_caller(&mut self, account: &str) {
+        let caller = self.objects.pods.get_mut(CALLER).unwrap();
+        Arc::make_mut(caller).service_account = account.into();
+        self.publish().await;
+    }
+
     /// Sets a namespace-wide default policy.
     pub(super) fn set_default(&mut self, policy: DefaultPolicy) {
         for namespace in self.objects.namespaces.values_mut() {
