@@ -31,6 +31,15 @@ const FILES: [&str; 7] = [
 /// The agent's rooms in the copy: `state`, and those by which its tests read manifests.
 const ROOMS: [&str; 4] = ["k8s", "local", "state", "testing"];
 
+/// What of them speaks with an API server: it decides nothing, and reaches into other rooms.
+const LEFT_OUT: [(&str, &str); 5] = [
+    ("k8s", "client"),
+    ("k8s", "events"),
+    ("k8s", "removal"),
+    ("k8s", "status"),
+    ("k8s", "watch"),
+];
+
 /// Tests of the room that decides; those of the others would only take time.
 const TESTS: &str = "state::";
 
@@ -148,8 +157,26 @@ fn copy_rooms(to: &Path) -> Result<()> {
         copy_dir(&root.join(&path), &to.join(&path))?;
         library.push_str(&format!("pub mod {room};\n"));
     }
+    for (room, module) in LEFT_OUT {
+        leave_out(&to.join("agent/src").join(room), module)?;
+    }
     fs::write(to.join("agent/src/lib.rs"), library)?;
     Ok(())
+}
+
+fn leave_out(room: &Path, module: &str) -> Result<()> {
+    let _ = fs::remove_dir_all(room.join(module));
+    let _ = fs::remove_file(room.join(format!("{module}.rs")));
+    let parent = room.join("mod.rs");
+    let text = fs::read_to_string(&parent)?;
+    let line = format!("mod {module};");
+    let rest: Vec<&str> = text.lines().filter(|one| !one.ends_with(&line)).collect();
+    ensure!(
+        rest.len() + 1 == text.lines().count(),
+        "{} has no line {line:?} to take out; see LEFT_OUT",
+        parent.display()
+    );
+    fs::write(&parent, rest.join("\n")).context("write a room without a module")
 }
 
 /// The workspace's manifest with the two members that the copy has.
@@ -276,6 +303,76 @@ mod tests {
         assert_eq!(verdicts.len(), 2, "{verdicts:?}");
         assert!(verdicts[0].contains("no test notices: a.rs: z"));
         assert!(verdicts[1].contains("tells why a.rs: x"));
+    }
+
+    /// The copy is built by `--full` only: this is what tells at once that it no longer can be.
+    #[test]
+    fn the_copy_names_no_room_that_it_does_not_have() {
+        let name = format!("picomesh-mutants-{}", std::process::id());
+        let dir = std::env::temp_dir().join(name);
+        copy_rooms(&dir).unwrap();
+        let mut files = vec![dir.join("agent/src")];
+        let mut named = 0;
+        while let Some(path) = files.pop() {
+            if path.is_dir() {
+                let entries = fs::read_dir(&path).unwrap();
+                // Other programs.
+                files.extend(
+                    entries
+                        .map(|one| one.unwrap().path())
+                        .filter(|one| !one.ends_with("bin")),
+                );
+                continue;
+            }
+            let text = fs::read_to_string(&path).unwrap();
+            for room in rooms_named(&text) {
+                named += 1;
+                assert!(
+                    ROOMS.contains(&room),
+                    "{} names crate::{room}",
+                    path.display()
+                );
+            }
+        }
+        assert!(named > 20, "{named}");
+        fs::remove_dir_all(dir).unwrap();
+        let text = "use crate::{\n    a::{b, c::d}, e,\n};\nlet x = crate::f::g();";
+        assert_eq!(rooms_named(text), ["a", "e", "f"]);
+    }
+
+    /// First words behind `crate::`, alone or in braces.
+    fn rooms_named(text: &str) -> Vec<&str> {
+        let mut named = Vec::new();
+        for (at, word) in text.match_indices("crate::") {
+            let rest = &text[at + word.len()..];
+            let Some(list) = rest.strip_prefix('{') else {
+                named.push(first_word(rest));
+                continue;
+            };
+            let mut depth = 1;
+            let mut begins = 0;
+            for (at, c) in list.char_indices() {
+                match c {
+                    '{' => depth += 1,
+                    '}' => depth -= 1,
+                    _ => {}
+                }
+                if depth == 0 || (depth == 1 && c == ',') {
+                    named.push(first_word(list[begins..at].trim_start()));
+                    begins = at + 1;
+                }
+                if depth == 0 {
+                    break;
+                }
+            }
+        }
+        named.retain(|word| !word.is_empty());
+        named
+    }
+
+    fn first_word(text: &str) -> &str {
+        let ends = text.find(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+        &text[..ends.unwrap_or(text.len())]
     }
 
     #[test]
