@@ -15,6 +15,7 @@ mod foreign;
 pub mod network_policy;
 mod object;
 pub mod policy;
+pub mod read;
 pub mod removal;
 mod resources;
 mod share;

@@ -11,7 +11,10 @@ use kube::{Resource, core::ApiResource, core::DynamicResourceScope};
 use serde::{Deserialize, Deserializer, de::DeserializeOwned, de::Error as _};
 use serde_json::value::RawValue;
 
-use super::FieldError;
+use super::{
+    FieldError,
+    read::{self, Misfit},
+};
 
 /// An object may have a megabyte and a half, many come at once, and whoever may write a pod writes
 /// as much of it. Ours have some kilobytes, and all annotations together at most 256. A policy may be
@@ -80,9 +83,6 @@ impl Seen {
     }
 
     /// Its text as a type of Kubernetes or of our own.
-    ///
-    /// Through an erased deserializer: otherwise the compiler makes a parser for every type that a
-    /// Pod can contain, once more for this source.
     pub fn parse<T: DeserializeOwned>(&self) -> Result<T, FieldError> {
         let text = match &self.text {
             Text::Kept(text) => text.get(),
@@ -91,12 +91,12 @@ impl Seen {
                 return Err(FieldError::misfit("the object".into(), problem));
             }
         };
-        let mut json = serde_json::Deserializer::from_str(text);
-        let mut erased = <dyn erased_serde::Deserializer<'_>>::erase(&mut json);
-        let erased: &mut dyn erased_serde::Deserializer<'_> = &mut erased;
-        serde_path_to_error::deserialize(erased).map_err(|error| {
-            FieldError::misfit(error.path().to_string(), error.into_inner().to_string())
-        })
+        let document = serde_json::from_str(text)
+            .map_err(|error| FieldError::misfit("the object".into(), error.to_string()))?;
+        match read::read(&document) {
+            Ok((object, _unknown)) => Ok(object),
+            Err(Misfit { path, message }) => Err(FieldError::misfit(path, message)),
+        }
     }
 }
 

@@ -1,9 +1,8 @@
 //! The text of one file to objects: splits it into documents, looks at `apiVersion` and `kind`, and
 //! hands each to the conversion. Every error knows its line.
 //!
-//! A document is read twice: first its head alone, then as the kind it says it is, so that the
-//! parser itself can point at the line where something does not fit. Only where the conversion
-//! finds a fault in a field that parsed well is the text read a third time, to find that field.
+//! A document is parsed once, for its head and then as the kind it says it is. Only where that, or
+//! the conversion, finds a fault in a field is the text read again, to find that field's line.
 
 use std::path::{Path, PathBuf};
 
@@ -12,10 +11,7 @@ use k8s_openapi::{
     api::{core::v1 as core, discovery::v1 as discovery, networking::v1 as networking},
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
-use serde::{
-    Deserialize,
-    de::{DeserializeOwned, Error as _},
-};
+use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::Value;
 use serde_saphyr::Spanned;
 
@@ -23,6 +19,7 @@ use crate::{
     k8s::{
         Converter, FieldError, network_policy,
         policy::{self, Known, Manifest, PolicyKind},
+        read::{self, Misfit, UnknownField},
     },
     state::{objects::Object, policy::POLICY_GROUP},
 };
@@ -84,9 +81,15 @@ pub(super) fn read<'a>(
 struct Head {
     api_version: Option<String>,
     kind: Option<String>,
-    /// Name and namespace, for messages about what comes later.
     #[serde(default)]
-    metadata: ObjectMeta,
+    metadata: HeadMeta,
+}
+
+/// For messages about what comes later.
+#[derive(Default, Deserialize)]
+struct HeadMeta {
+    name: Option<String>,
+    namespace: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -100,6 +103,13 @@ struct Part<'a> {
     text: &'a str,
     /// Number of its first line in the file, from 1.
     first_line: u64,
+}
+
+/// A piece that says what it is.
+struct Written<'a> {
+    part: &'a Part<'a>,
+    value: Value,
+    head: Head,
 }
 
 /// A line that begins with `---` or `...` ends a document wherever it stands, also within a quoted
@@ -153,40 +163,41 @@ fn lines(text: &str) -> impl Iterator<Item = &str> {
 }
 
 fn read_part(part: &Part<'_>, converter: &Converter) -> Vec<Result<Document, Wrong>> {
-    let head: Option<Head> = match parse(part.text) {
-        Ok(head) => head,
-        Err(error) => return vec![Err(part.wrong(None, error))],
+    let value: Value = match parse(part.text) {
+        // Nothing but comments.
+        Ok(Value::Null) => return Vec::new(),
+        Ok(value) => value,
+        Err(error) => return vec![Err(part.unreadable(None, &error))],
     };
-    // Nothing but comments.
-    let Some(head) = head else { return Vec::new() };
-    let (api_version, kind) = match (&head.api_version, &head.kind) {
-        (Some(api_version), Some(kind)) => (api_version.clone(), kind.clone()),
-        (api_version, _) => {
-            let field = if api_version.is_none() {
-                "apiVersion"
-            } else {
-                "kind"
-            };
-            let error = FieldError::missing(field, "every Kubernetes object says it");
-            return vec![Err(part.misfit(&head, error))];
-        }
+    let head: Head = match read::read(&value) {
+        Ok((head, _rest)) => head,
+        Err(misfit) => return vec![Err(part.misread(None, &misfit))],
     };
-    let Some(of_items) = kind
-        .strip_suffix("List")
-        .filter(|_| head.metadata.name.is_none())
-    else {
-        return vec![read_object(part, &api_version, &kind, &head, converter)];
+    let written = Written { part, value, head };
+    let head = &written.head;
+    let (Some(api_version), Some(kind)) = (&head.api_version, &head.kind) else {
+        let field = if head.api_version.is_none() {
+            "apiVersion"
+        } else {
+            "kind"
+        };
+        let error = FieldError::missing(field, "every Kubernetes object says it");
+        return vec![Err(written.misfit(error))];
+    };
+    let of_items = kind.strip_suffix("List");
+    let Some(of_items) = of_items.filter(|_| head.metadata.name.is_none()) else {
+        return vec![read_object(&written, api_version, kind, converter)];
     };
 
     let list: List = match parse(part.text) {
         Ok(list) => list,
-        Err(error) => return vec![Err(part.wrong(Some(kind), error))],
+        Err(error) => return vec![Err(part.unreadable(Some(kind.clone()), &error))],
     };
     let items = list.items.into_iter();
     items
         .map(|item| {
             let line = part.first_line + item.referenced.line().saturating_sub(1);
-            read_item(item.value, line, &api_version, of_items, converter)
+            read_item(item.value, line, api_version, of_items, converter)
         })
         .collect()
 }
@@ -232,15 +243,14 @@ fn read_item(
 }
 
 fn read_object(
-    part: &Part<'_>,
+    written: &Written<'_>,
     api_version: &str,
     kind: &str,
-    head: &Head,
     converter: &Converter,
 ) -> Result<Document, Wrong> {
-    let misfit = |error: FieldError| part.misfit(head, error);
+    let misfit = |error: FieldError| written.misfit(error);
+    let line = written.part.first_content_line();
     let loaded = |object| {
-        let line = part.first_content_line();
         Ok(Document::Object(Box::new(Loaded {
             object,
             netns: None,
@@ -255,26 +265,23 @@ fn read_object(
     };
     match (api_version, kind) {
         ("v1", "Node") => loaded(Object::Node(
-            converter.node(part.kubernetes(head)?).map_err(misfit)?,
+            converter.node(written.object()?).map_err(misfit)?,
         )),
         ("v1", "Namespace") => loaded(Object::Namespace(
-            converter
-                .namespace(part.kubernetes(head)?)
-                .map_err(misfit)?,
+            converter.namespace(written.object()?).map_err(misfit)?,
         )),
         ("v1", "ServiceAccount") => loaded(Object::ServiceAccount(
             converter
-                .service_account(part.kubernetes(head)?)
+                .service_account(written.object()?)
                 .map_err(misfit)?,
         )),
         ("v1", "Service") => loaded(Object::Service(
-            converter.service(part.kubernetes(head)?).map_err(misfit)?,
+            converter.service(written.object()?).map_err(misfit)?,
         )),
         ("v1", "Pod") => {
-            let mut pod: core::Pod = part.kubernetes(head)?;
+            let mut pod: core::Pod = written.object()?;
             let netns = complete(&mut pod, converter).map_err(misfit)?;
             let object = Object::Pod(converter.pod(pod).map_err(misfit)?);
-            let line = part.first_content_line();
             Ok(Document::Object(Box::new(Loaded {
                 object,
                 netns,
@@ -282,7 +289,7 @@ fn read_object(
             })))
         }
         ("discovery.k8s.io/v1", "EndpointSlice") => {
-            let slice: discovery::EndpointSlice = part.kubernetes(head)?;
+            let slice: discovery::EndpointSlice = written.object()?;
             match converter.endpoint_slice(slice).map_err(misfit)? {
                 Some(slice) => loaded(Object::EndpointSlice(slice)),
                 None => ignored(),
@@ -290,7 +297,7 @@ fn read_object(
         }
         (version, "NetworkPolicy") if network_policy::is_kubernetes_own(version) => {
             network_policy::known(version).map_err(misfit)?;
-            let (policy, unknown) = part.kubernetes_and_unknown(head)?;
+            let (policy, unknown) = written.object_and_unknown()?;
             let policy: networking::NetworkPolicy = policy;
             for (within, name) in &unknown {
                 network_policy::unknown_field(within, name).map_err(misfit)?;
@@ -306,36 +313,35 @@ fn read_object(
             };
             match policy::known(kind, version).map_err(misfit)? {
                 Known::Ignored => ignored(),
-                Known::Read(kind) => loaded(read_policy(part, kind, head, converter)?),
+                Known::Read(kind) => loaded(read_policy(written, kind, converter)?),
             }
         }
     }
 }
 
 fn read_policy(
-    part: &Part<'_>,
+    written: &Written<'_>,
     kind: PolicyKind,
-    head: &Head,
     converter: &Converter,
 ) -> Result<Object, Wrong> {
     let object = match kind {
         PolicyKind::Server => converter
-            .server(part.typed::<Manifest<_>>(kind, head)?)
+            .server(written.policy::<Manifest<_>>(kind)?)
             .map(Object::Server),
         PolicyKind::ServerAuthorization => converter
-            .server_authorization(part.typed::<Manifest<_>>(kind, head)?)
+            .server_authorization(written.policy::<Manifest<_>>(kind)?)
             .map(Object::ServerAuthorization),
         PolicyKind::AuthorizationPolicy => converter
-            .authorization_policy(part.typed::<Manifest<_>>(kind, head)?)
+            .authorization_policy(written.policy::<Manifest<_>>(kind)?)
             .map(Object::AuthorizationPolicy),
         PolicyKind::MeshTlsAuthentication => converter
-            .mesh_tls_authentication(part.typed::<Manifest<_>>(kind, head)?)
+            .mesh_tls_authentication(written.policy::<Manifest<_>>(kind)?)
             .map(Object::MeshTlsAuthentication),
         PolicyKind::NetworkAuthentication => converter
-            .network_authentication(part.typed::<Manifest<_>>(kind, head)?)
+            .network_authentication(written.policy::<Manifest<_>>(kind)?)
             .map(Object::NetworkAuthentication),
     };
-    object.map_err(|error| part.misfit(head, error))
+    object.map_err(|error| written.misfit(error))
 }
 
 /// What a cluster would have written into a pod: see the head of the room. Gives its netns.
@@ -419,19 +425,18 @@ impl Converter {
     }
 }
 
-impl Part<'_> {
+impl Written<'_> {
     /// As one of the kinds that decide.
-    fn typed<T: DeserializeOwned>(&self, kind: PolicyKind, head: &Head) -> Result<T, Wrong> {
-        parse(self.text).map_err(|error| match self.misplaced(kind) {
-            Some(misplaced) => self.misfit(head, misplaced),
-            None => self.wrong(head.name(), error),
+    fn policy<T: DeserializeOwned>(&self, kind: PolicyKind) -> Result<T, Wrong> {
+        self.object().map_err(|wrong| match self.misplaced(kind) {
+            Some(misplaced) => self.misfit(misplaced),
+            None => wrong,
         })
     }
 
     /// A field that is none, where we know what its author means.
     fn misplaced(&self, kind: PolicyKind) -> Option<FieldError> {
-        let document: Value = parse(self.text).ok()?;
-        let spec = document.get("spec")?;
+        let spec = self.value.get("spec")?;
         policy::misplaced(kind).iter().find_map(|misplaced| {
             let written = spec.get(misplaced.field)?;
             Some(misplaced.error(written.as_str().unwrap_or("…")))
@@ -439,32 +444,42 @@ impl Part<'_> {
     }
 
     /// As one of Kubernetes' kinds. Fields that it does not have are passed over.
-    fn kubernetes<T: DeserializeOwned>(&self, head: &Head) -> Result<T, Wrong> {
-        self.kubernetes_and_unknown(head).map(|(object, _)| object)
+    fn object<T: DeserializeOwned>(&self) -> Result<T, Wrong> {
+        self.object_and_unknown().map(|(object, _)| object)
     }
 
-    /// The same, and the fields that it does not have: where each stands, and its name.
-    fn kubernetes_and_unknown<T: DeserializeOwned>(
-        &self,
-        head: &Head,
-    ) -> Result<(T, Vec<UnknownField>), Wrong> {
-        parse_kubernetes(self.text).map_err(|fault| {
-            let line = fault
-                .path
-                .and_then(|path| locate::line_of(self.text, &path));
-            let line = line.or(fault.error.location().map(|location| location.line()));
-            self.wrong_at(line.unwrap_or(1), head.name(), &fault.error)
-        })
+    /// The same, and the fields that it does not have.
+    fn object_and_unknown<T: DeserializeOwned>(&self) -> Result<(T, Vec<UnknownField>), Wrong> {
+        read::read(&self.value).map_err(|misfit| self.part.misread(self.head.name(), &misfit))
     }
 
+    /// It parsed, and what stands in a field is not right.
+    fn misfit(&self, error: FieldError) -> Wrong {
+        let part = self.part;
+        let line = locate::line_of(part.text, &error.field);
+        let line = line.map_or(part.first_content_line(), |line| part.first_line + line - 1);
+        Wrong {
+            line,
+            object: self.head.name(),
+            message: error.to_string(),
+        }
+    }
+}
+
+impl Part<'_> {
     /// The parser stumbled.
-    fn wrong(&self, object: Option<String>, error: serde_saphyr::Error) -> Wrong {
+    fn unreadable(&self, object: Option<String>, error: &serde_saphyr::Error) -> Wrong {
         let line = error.location().map_or(1, |location| location.line());
-        self.wrong_at(line, object, &error)
+        self.wrong_at(line, object, message_of(error))
     }
 
-    fn wrong_at(&self, line: u64, object: Option<String>, error: &serde_saphyr::Error) -> Wrong {
-        let message = message_of(error);
+    /// It is YAML, and not what it says it is.
+    fn misread(&self, object: Option<String>, misfit: &Misfit) -> Wrong {
+        let line = locate::line_of(self.text, &misfit.path).unwrap_or(1);
+        self.wrong_at(line, object, misfit.message.clone())
+    }
+
+    fn wrong_at(&self, line: u64, object: Option<String>, message: String) -> Wrong {
         let text = lines(self.text).nth(usize::try_from(line - 1).unwrap_or(usize::MAX));
         let message = match text.map(str::trim).filter(|text| !text.is_empty()) {
             Some(text) if text.len() <= 120 => format!("{message}, in `{text}`"),
@@ -474,17 +489,6 @@ impl Part<'_> {
             line: self.first_line + line - 1,
             object,
             message,
-        }
-    }
-
-    /// It parsed, and what stands in a field is not right.
-    fn misfit(&self, head: &Head, error: FieldError) -> Wrong {
-        let line = locate::line_of(self.text, &error.field);
-        let line = line.map_or(self.first_content_line(), |line| self.first_line + line - 1);
-        Wrong {
-            line,
-            object: head.name(),
-            message: error.to_string(),
         }
     }
 
@@ -510,73 +514,10 @@ impl Head {
 }
 
 fn parse<T: DeserializeOwned>(text: &str) -> Result<T, serde_saphyr::Error> {
-    serde_saphyr::from_str_with_options(text, serde_saphyr::options! { with_snippet: false })
-}
-
-/// [`parse`] for Kubernetes' own types, through an erased deserializer: otherwise the compiler makes
-/// a parser for every type that a Pod can contain, megabytes of code that every node would hold in
-/// memory. The erasure loses the parser's line; the path to the value finds it again.
-fn parse_kubernetes<T: DeserializeOwned>(
-    text: &str,
-) -> Result<(T, Vec<UnknownField>), Box<FieldFault>> {
-    let options = serde_saphyr::options! { with_snippet: false };
-    let mut fault = None;
-    let mut unknown = Vec::new();
-    let parsed =
-        serde_saphyr::with_deserializer_from_str_with_options(text, options, |deserializer| {
-            let mut note = |path: serde_ignored::Path<'_>| unknown.extend(unknown_field(&path));
-            let deserializer = serde_ignored::Deserializer::new(deserializer, &mut note);
-            let mut erased = <dyn erased_serde::Deserializer<'_>>::erase(deserializer);
-            let erased: &mut dyn erased_serde::Deserializer<'_> = &mut erased;
-            serde_path_to_error::deserialize(erased).map_err(|error| {
-                let path = error.path().to_string();
-                let message = error.into_inner().to_string();
-                fault = Some(path);
-                serde_saphyr::Error::custom(message)
-            })
-        });
-    match parsed {
-        Ok(object) => Ok((object, unknown)),
-        Err(error) => Err(Box::new(FieldFault { path: fault, error })),
-    }
-}
-
-/// Where a field stands that its object does not have, and its name.
-type UnknownField = (String, String);
-
-fn unknown_field(path: &serde_ignored::Path<'_>) -> Option<UnknownField> {
-    use serde_ignored::Path;
-    match path {
-        Path::Map { parent, key } => Some((spelled(parent), key.clone())),
-        // Nothing but a field is passed over.
-        Path::Root
-        | Path::Seq { .. }
-        | Path::Some { .. }
-        | Path::NewtypeStruct { .. }
-        | Path::NewtypeVariant { .. } => None,
-    }
-}
-
-/// A path as in every other error: `spec.ingress[0].from`.
-fn spelled(path: &serde_ignored::Path<'_>) -> String {
-    use serde_ignored::Path;
-    match path {
-        Path::Root => String::new(),
-        Path::Seq { parent, index } => format!("{}[{index}]", spelled(parent)),
-        Path::Map { parent, key } => match spelled(parent) {
-            within if within.is_empty() => key.clone(),
-            within => format!("{within}.{key}"),
-        },
-        Path::Some { parent }
-        | Path::NewtypeStruct { parent }
-        | Path::NewtypeVariant { parent } => spelled(parent),
-    }
-}
-
-/// What does not fit, and the path to it if the parser got that far.
-struct FieldFault {
-    path: Option<String>,
-    error: serde_saphyr::Error,
+    serde_saphyr::from_str_with_options(
+        text,
+        serde_saphyr::options! { with_snippet: false, strict_booleans: true },
+    )
 }
 
 /// The parser's own words, without its idea of the line: it counts from the document's beginning.

@@ -4,6 +4,7 @@
 
 use std::{
     fs,
+    net::{Ipv4Addr, TcpStream},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -25,6 +26,9 @@ const SOCKET: &str = "/run/containerd/containerd.sock";
 /// Of Debian's containernetworking-plugins.
 const PLUGINS_DIR: &str = "/usr/lib/cni";
 const PLUGINS: [&str; 4] = ["bridge", "host-local", "loopback", "portmap"];
+/// Where a kubelet serves its own API.
+const KUBELET: u16 = 10250;
+
 /// What a kubelet sets for the whole machine: it finds them set.
 const TUNABLES: [(&str, &str); 6] = [
     ("vm/overcommit_memory", "1"),
@@ -229,8 +233,8 @@ impl Node {
         &self.containerd
     }
 
-    /// Starts runtime and kubelet again, in the order in which a machine does: a kubelet that finds
-    /// no runtime ends.
+    /// Starts runtime and kubelet again, in the order in which a machine does and with a machine's
+    /// patience: a kubelet that finds no runtime ends, and so may one whose runtime is only just there.
     pub fn restart(&self) -> Result<()> {
         self.containerd.restart()?;
         wait::until(
@@ -239,7 +243,16 @@ impl Node {
             || self.run(&["ctr", "--address", SOCKET, "version"]).is_ok(),
         )
         .with_context(|| self.containerd.last_words(15))?;
-        self.kubelet.restart()
+        self.kubelet.restart()?;
+        let answers = || TcpStream::connect((Ipv4Addr::LOCALHOST, KUBELET)).is_ok();
+        wait::for_value(&format!("{}'s kubelet answers", self.name), START, || {
+            if self.kubelet.pid().is_none() {
+                eprintln!("{}", self.kubelet.last_words(5));
+                self.kubelet.restart()?;
+            }
+            Ok(self.netns.run(answers).then_some(()))
+        })
+        .with_context(|| self.kubelet.last_words(15))
     }
 
     pub fn components(&self) -> impl Iterator<Item = &Component> {

@@ -101,8 +101,8 @@ fn an_error_names_file_line_object_field_value_and_remedy() {
         ),
         (
             SERVER.replace("port: 8080", "port: 8080\n  protcol: HTTP/1"),
-            "a.yaml:9: Server shop/web: unknown field `protcol`, expected one of podSelector, port, \
-             proxyProtocol, accessPolicy, in `protcol: HTTP/1`",
+            "a.yaml:9: Server shop/web: unknown field `protcol`, expected one of `podSelector`, `port`, \
+             `proxyProtocol`, `accessPolicy`, in `protcol: HTTP/1`",
         ),
         (
             SERVER.replace("port: 8080", "port: 8080\n  protocol: HTTP/1"),
@@ -135,6 +135,26 @@ fn an_error_names_file_line_object_field_value_and_remedy() {
         let snapshot = world.read();
         assert_eq!(world.errors(&snapshot), [wanted], "{text}");
     }
+}
+
+/// As kubectl reads it, but for `yes` and `off`: they are words here and no booleans.
+#[test]
+fn what_is_written_without_quotes_is_what_the_api_server_would_take_it_for() {
+    let mut world = World::new();
+    let words = "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: y\n  labels: {team: off}\n";
+    world.write("a.yaml", words);
+    let snapshot = world.read();
+    assert!(world.errors(&snapshot).is_empty());
+    assert_eq!(snapshot.objects.namespaces.len(), 1);
+
+    world.write("a.yaml", &words.replace("off", "5"));
+    let snapshot = world.read();
+    assert_eq!(
+        world.errors(&snapshot),
+        [
+            "a.yaml:5: Namespace y: invalid type: integer `5`, expected a string, in `labels: {team: 5}`"
+        ]
+    );
 }
 
 /// YAML counts a CR alone as a line's end, and so does the parser.
