@@ -14,6 +14,7 @@ use picomesh_tests::{
 use serde_json::{Value, json};
 
 use crate::{
+    api::{Api, Call},
     ground::{Need, PATIENCE, Test, ground, slowly},
     install::{Installed, NAMESPACE, Part},
 };
@@ -262,8 +263,9 @@ const THEIRS: &str = "example.com/nobody";
 const TOKEN: &str = "kubernetes.io/service-account-token";
 /// Without reading before, as kubectl does for other changes.
 const APPLY: &str = "apply --server-side --force-conflicts -f -";
-const STATUS: &str = "apply --server-side --force-conflicts --subresource=status -f -";
-const APPROVAL: &str = "apply --server-side --force-conflicts --subresource=approval -f -";
+/// The same of a part of an object, which not every kubectl can: what it reads is sent as a patch.
+const STATUS: &str = "patch status";
+const APPROVAL: &str = "patch approval";
 const TRUST_ROOTS: &str = "get configmaps -n picomesh-system --field-selector \
                            metadata.name=picomesh-trust-roots";
 
@@ -342,10 +344,12 @@ fn tried(kubectl: &Kubectl, row: &Row, names: &[(&str, &str)]) -> Result<()> {
         .collect();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let input = with((row.input)(), names);
-    let tried = if input.is_null() {
-        kubectl.run(&words)
-    } else {
-        kubectl.feed(&words, &input.to_string())
+    let tried = match words[..] {
+        ["patch", part] => {
+            patch(&input, part).and_then(|call| Api::new(kubectl)?.call(&call).map(drop))
+        }
+        _ if input.is_null() => kubectl.run(&words).map(drop),
+        _ => kubectl.feed(&words, &input.to_string()).map(drop),
     };
     let what = format!("{} {input}", words.join(" "));
     match (tried, row.refused) {
@@ -361,6 +365,20 @@ fn tried(kubectl: &Kubectl, row: &Row, names: &[(&str, &str)]) -> Result<()> {
             Ok(())
         }
     }
+}
+
+/// Of a part of an object of the whole cluster.
+fn patch(object: &Value, part: &str) -> Result<Call> {
+    let word = |value: &Value| value.as_str().map(str::to_owned).context("no text");
+    let (version, name) = (
+        word(&object["apiVersion"])?,
+        word(&object["metadata"]["name"])?,
+    );
+    let kind = word(&object["kind"])?.to_lowercase();
+    Ok(Call::patch(
+        format!("/apis/{version}/{kind}s/{name}/{part}"),
+        object,
+    ))
 }
 
 fn replaced(text: &str, names: &[(&str, &str)]) -> String {
