@@ -35,10 +35,10 @@ pub(crate) fn judge(ctx: &TcContext, slot: Slot) -> Verdict {
         Err(_reason) => return Verdict::Pass,
     };
     let Some(pod) = pod(slot) else {
-        return Verdict::Drop(Counter::Inactive);
+        return Verdict::Lose(Counter::Inactive);
     };
     if pod.flags & PodConfig::ACTIVE == 0 {
-        return Verdict::Drop(Counter::Inactive);
+        return Verdict::Lose(Counter::Inactive);
     }
     // SAFETY: fields of the context.
     let (mark, length) = unsafe {
@@ -85,11 +85,11 @@ fn open(slot: Slot, pod: &PodConfig, segment: &Segment, tuple: &Tuple, sender: S
             return Verdict::PassCounted(Counter::FailedOpen);
         }
         if rule(rule::NO_LISTENER_DROP) {
-            return Verdict::Drop(Counter::NoOutboundListener);
+            return Verdict::Lose(Counter::NoOutboundListener);
         }
     }
     if !sender.mark(owner::TAKEN) {
-        return Verdict::Drop(Counter::RedirectFailed);
+        return Verdict::Lose(Counter::RedirectFailed);
     }
     forget_standing(slot, tuple);
     if !taken {
@@ -120,7 +120,7 @@ fn go_on(
         Owner::Socket(_) | Owner::Request | Owner::OurRequest | Owner::TimeWait => {
             if sender.owner != owner::TAKEN && rule(rule::NEVER_PLAIN) && !sender.mark(owner::TAKEN)
             {
-                return Verdict::Drop(Counter::RedirectFailed);
+                return Verdict::Lose(Counter::RedirectFailed);
             }
             return Verdict::Outbound;
         }

@@ -21,7 +21,11 @@ pub(crate) enum Verdict {
     Pass,
     /// Passes, and is counted.
     PassCounted(Counter),
+    /// The sender may know: for TCP it is congestion of its own host, and after a few tries within
+    /// seconds it gives up.
     Drop(Counter),
+    /// As if lost on the wire: the sender waits as long as it would for a far end that is silent.
+    Lose(Counter),
     /// To the outbound listener.
     Outbound,
     /// To the inbound listener.
@@ -38,6 +42,7 @@ pub(crate) fn act(ctx: &TcContext, slot: Slot, verdict: Verdict) -> i32 {
             TC_ACT_UNSPEC
         }
         Verdict::Drop(counter) => drop(slot, counter),
+        Verdict::Lose(counter) => lose(slot, counter),
         Verdict::Outbound => {
             // Our policy rule finds the packet by this and calls every address local.
             // SAFETY: a field of the context that programs may write.
@@ -58,16 +63,16 @@ fn redirect(ctx: &TcContext, slot: Slot, ifindex: u32, mac: &[u8; 6]) -> i32 {
         let protocol = unsafe {
             let protocol = (*ctx.skb.skb).protocol as u16;
             if bpf_skb_change_head(ctx.skb.skb, ETHERNET, 0) != 0 {
-                return drop(slot, Counter::RedirectFailed);
+                return lose(slot, Counter::RedirectFailed);
             }
             protocol
         };
         if ctx.store(12, &protocol, 0).is_err() {
-            return drop(slot, Counter::RedirectFailed);
+            return lose(slot, Counter::RedirectFailed);
         }
     }
     if ctx.store(0, mac, 0).is_err() {
-        return drop(slot, Counter::RedirectFailed);
+        return lose(slot, Counter::RedirectFailed);
     }
     // SAFETY: plain numbers.
     unsafe { bpf_redirect(ifindex, BPF_F_INGRESS as u64) as i32 }
@@ -77,6 +82,17 @@ fn redirect(ctx: &TcContext, slot: Slot, ifindex: u32, mac: &[u8; 6]) -> i32 {
 pub(crate) fn drop(slot: Slot, counter: Counter) -> i32 {
     count(slot, counter);
     TC_ACT_SHOT
+}
+
+/// A redirection to no device drops the packet, and on egress that counts as sent (`__dev_queue_xmit`
+/// and `skb_do_redirect` of Linux 6.1 to 6.18). TC_ACT_STOLEN says the same, but not to tcx, which
+/// takes it for "go on".
+#[inline(always)]
+pub(crate) fn lose(slot: Slot, counter: Counter) -> i32 {
+    const NO_DEVICE: u32 = 0;
+    count(slot, counter);
+    // SAFETY: plain numbers.
+    unsafe { bpf_redirect(NO_DEVICE, 0) as i32 }
 }
 
 /// Reads the packet at hand.

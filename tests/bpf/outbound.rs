@@ -4,6 +4,7 @@ use std::{
     io::{Read, Write},
     net::{Ipv4Addr, Shutdown, SocketAddr},
     os::fd::AsFd,
+    time::Duration,
 };
 
 use anyhow::{Context, Result, ensure};
@@ -34,6 +35,10 @@ pub(crate) const TESTS: &[Test] = &[
     (
         "without_a_listener_the_syn_waits_and_is_not_refused",
         without_a_listener,
+    ),
+    (
+        "without_a_listener_the_syn_waits_for_long",
+        waits_for_a_listener,
     ),
     (
         "fail_open_passes_when_it_is_chosen_and_nothing_stands",
@@ -139,6 +144,26 @@ fn without_a_listener(setup: &Setup) -> Result<()> {
         accept(&listeners.outbound[0])?;
         app.join()
             .map_err(|_panic| anyhow::anyhow!("the application panicked"))??;
+        Ok(())
+    })
+}
+
+/// What a tc program drops on the sender's side counts for TCP as congestion of its own host: it
+/// tries again every half second, and gives up after the sixth time. A SYN must look lost on its way.
+fn waits_for_a_listener(setup: &Setup) -> Result<()> {
+    const AWAY: Duration = Duration::from_secs(6);
+    const LATE: Duration = Duration::from_secs(30);
+    let topology = Topology::new(setup)?;
+    let server = SocketAddr::new(FAMILIES[0].client, 80);
+    std::thread::scope(|scope| {
+        let app = scope.spawn(|| attempt(&topology.pod, server, LATE));
+        std::thread::sleep(AWAY);
+        let listeners = topology.listen_as_proxy()?;
+        let taken = accept_within(&listeners.outbound[0], LATE)?;
+        let end = app
+            .join()
+            .map_err(|_panic| anyhow::anyhow!("the application panicked"))??;
+        ensure!(taken.is_some() && end.is_none(), "{end:?}");
         Ok(())
     })
 }

@@ -263,6 +263,10 @@ impl Run {
                 self.verdict == PASS && self.mark == case.mark && self.frame == case.frame
             }
             Verdict::Dropped => self.verdict == DROP,
+            // To no device, as it was.
+            Verdict::Lost => {
+                self.verdict == REDIRECT && self.mark == case.mark && self.frame == case.frame
+            }
             Verdict::Captured => {
                 let (mac, mark) = match case.direction {
                     Direction::In => (MESH1_MAC, case.mark),

@@ -26,7 +26,10 @@ pub(super) enum Verdict {
     Pass,
     /// To our listener of this direction.
     Captured,
+    /// And the sender may know.
     Dropped,
+    /// As if on the wire.
+    Lost,
 }
 
 pub(super) struct Judgement {
@@ -134,6 +137,13 @@ fn dropped(counter: Counter, why: &'static str) -> Judgement {
     }
 }
 
+fn lost(counter: Counter, why: &'static str) -> Judgement {
+    Judgement {
+        verdict: Verdict::Lost,
+        ..pass_counted(counter, why)
+    }
+}
+
 fn captured(counts: Option<Counter>, why: &'static str) -> Judgement {
     Judgement {
         verdict: Verdict::Captured,
@@ -154,7 +164,10 @@ pub(super) fn judge(world: &World, case: &Case) -> Judgement {
         return pass(OTHER_HOST);
     }
     if !world.active {
-        return dropped(Counter::Inactive, INACTIVE);
+        return match case.direction {
+            Direction::In => dropped(Counter::Inactive, INACTIVE),
+            Direction::Out => lost(Counter::Inactive, INACTIVE),
+        };
     }
     match (case.direction, segment.asks_for_a_connection()) {
         (Direction::In, true) => asked_from_outside(world, &segment),
@@ -270,7 +283,7 @@ fn asked_from_inside(world: &World, segment: &Segment) -> Judgement {
         return if world.fail_open {
             pass_counted(Counter::FailedOpen, OUT_OPEN)
         } else {
-            dropped(Counter::NoOutboundListener, OUT_DOWN)
+            lost(Counter::NoOutboundListener, OUT_DOWN)
         };
     }
     Judgement {
