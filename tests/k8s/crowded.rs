@@ -30,7 +30,7 @@ use crate::{
 
 pub(crate) const TESTS: &[Test] = &[Test {
     name: "crowded::five_thousand_pods_cost_an_agent_little",
-    needs: &[Need::Full, Need::Nodes, Need::Image],
+    needs: &[Need::Nodes, Need::Image],
     run: five_thousand_pods_cost_an_agent_little,
 }];
 

@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context, Result, anyhow};
 use picomesh_tests::{
-    FULL, Netns,
+    Netns,
     cluster::{self, Cluster, Kubectl, NodeSpec},
     requirements, wait,
 };
@@ -35,8 +35,6 @@ pub(crate) enum Need {
     Nodes,
     /// The archive of the agent's image.
     Image,
-    /// Minutes: it is there with `cargo xtask test --full` only.
-    Full,
 }
 
 impl Need {
@@ -54,8 +52,6 @@ impl Need {
                 Err(e) => Some(format!("{e:#}")),
             },
             Self::Image => image().err().map(|e| format!("{e:#}")),
-            // Without it the test is not listed.
-            Self::Full => None,
         }
     }
 }
@@ -123,11 +119,6 @@ impl Ground {
     pub(crate) fn namespace(&self, name: &str) -> Result<Namespace> {
         Namespace::create(&self.kubectl, name)
     }
-}
-
-/// Whether the long versions are played.
-pub(crate) fn full() -> bool {
-    env::var_os(FULL).is_some()
 }
 
 /// How long anything of the cluster's may take.

@@ -16,7 +16,7 @@ use picomesh_tests::{
 };
 
 use crate::{
-    ground::{Ground, Need, PATIENCE, Test, full, ground, slowly},
+    ground::{Ground, Need, PATIENCE, Test, ground, slowly},
     install::{Part, diagnosis, log_of, wait_captured},
     talk::{SLEEP, Scene, both, label, wire},
 };
@@ -43,6 +43,7 @@ pub(crate) const TESTS: &[Test] = &[
 const PACE: Duration = Duration::from_millis(20);
 /// How long new ones may be refused while a label spreads.
 const LONGEST: Duration = Duration::from_secs(2);
+const ROUNDS: usize = 3;
 /// Longer than that: what is wrong after a change shows.
 const AFTER: Duration = Duration::from_secs(4);
 
@@ -52,7 +53,7 @@ fn no_connection_notices_a_label_that_comes_and_goes() -> Result<()> {
     scene.install(&ground, Part::All)?;
     let calls = calls(&scene)?;
     let mut standing = streams(&scene)?;
-    for _ in 0..if full() { 5 } else { 2 } {
+    for _ in 0..ROUNDS {
         label(&scene.space, "enabled")?;
         wait_captured(&ground, 2).with_context(|| diagnosis(&ground))?;
         // The control, here and below: the calls do go another way.

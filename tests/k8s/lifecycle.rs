@@ -13,7 +13,7 @@ use picomesh_tests::{
 };
 
 use crate::{
-    ground::{Ground, Need, PATIENCE, Test, full, ground, slowly},
+    ground::{Ground, Need, PATIENCE, Test, ground, slowly},
     install::{
         NAMESPACE, agent_on, diagnosis, end_processes, log_of, remove_by_force, wait_another,
         wait_captured, wait_installed,
@@ -34,6 +34,9 @@ pub(crate) const TESTS: &[Test] = &[
     },
 ];
 
+/// New connections a second, and streams at any time, on each node.
+const PACE: u32 = 300;
+const STREAMS: usize = 50;
 /// What the longest new connection may take: one lost SYN costs a second.
 const LONGEST: Duration = Duration::from_millis(1_200);
 /// Less than an agent that has handed over gives its connections.
@@ -43,18 +46,16 @@ fn agents_are_rolled_under_load_and_nobody_notices() -> Result<()> {
     let ground = ground()?;
     let [near, far] = both(ground.own()?)?;
     let scene = Scene::new(&ground, "rolled")?;
-    // New connections a second, and streams at any time, on each node.
-    let (pace, streams) = if full() { (300, 50) } else { (100, 10) };
     let before = [
         agent_on(&ground, near.name())?,
         agent_on(&ground, far.name())?,
     ];
 
     let capture = wire(ground.own()?, &[WORD])?;
-    let crowds = crowds(&scene, pace)?;
+    let crowds = crowds(&scene)?;
     let mut all = Vec::new();
     for (from, to) in [(0, 1), (1, 0)] {
-        for _ in 0..streams {
+        for _ in 0..STREAMS {
             all.push(Load::of_streams(&scene.pods[from], scene.at[to], STREAM)?);
         }
     }
@@ -118,8 +119,8 @@ fn agents_are_rolled_under_load_and_nobody_notices() -> Result<()> {
     }
     // A machine that cannot do what is promised has shown nothing.
     ensure!(
-        slowest >= f64::from(pace),
-        "on one node only {slowest:.0} of {pace} connections a second were opened"
+        slowest >= f64::from(PACE),
+        "on one node only {slowest:.0} of {PACE} connections a second were opened"
     );
     scene.speak()?;
     carries(&ground, near)?;
@@ -127,14 +128,14 @@ fn agents_are_rolled_under_load_and_nobody_notices() -> Result<()> {
     scene.is_read_outside_of_the_mesh(&ground)
 }
 
-/// New connections from each node's pod to the other's, some more than `pace` a second: clients lose
-/// some of their time.
-fn crowds(scene: &Scene, pace: u32) -> Result<Vec<Crowd>> {
+/// New connections from each node's pod to the other's, some more than `PACE`: clients lose some
+/// of their time.
+fn crowds(scene: &Scene) -> Result<Vec<Crowd>> {
     // So many a client can do even where the machine is busy.
     const ONE: u32 = 50;
     let every = Duration::from_secs(1) / ONE;
     let crowd = |from: usize, to: usize| {
-        let clients = (pace * 4 / 3).div_ceil(ONE);
+        let clients = (PACE * 4 / 3).div_ceil(ONE);
         let targets = vec![scene.at[to]; clients as usize];
         Crowd::start(&scene.pods[from], &targets, every)
     };

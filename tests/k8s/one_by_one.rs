@@ -17,7 +17,7 @@ use picomesh_tests::{
 };
 
 use crate::{
-    ground::{Need, PATIENCE, Test, full, ground},
+    ground::{Need, PATIENCE, Test, ground},
     install::{NAMESPACE, OwnPod, Part, agent_on, agent_process, diagnosis, wait_installed},
     talk::{Scene, both, wire},
 };
@@ -33,6 +33,8 @@ pub(crate) const TESTS: &[Test] = &[Test {
 const LONGEST: Duration = Duration::from_secs(3);
 /// So exactly the first is seen: whoever waits for a lost SYN waits for seconds.
 const EXACT: Duration = Duration::from_millis(50);
+/// Of the many: 300 a second.
+const PACE: Duration = Duration::from_nanos(1_000_000_000 / 300);
 /// Instead of half a minute, which an agent takes to end under steady load.
 const DRAIN: &str = "PICOMESH_DRAIN_DEADLINE=5s";
 
@@ -55,12 +57,11 @@ fn agents_of_which_one_ends_before_the_next_starts_refuse_nobody() -> Result<()>
     let ends = [end_of(cluster, &before[0])?, end_of(cluster, &before[1])?];
 
     let capture = wire(cluster, &[WORD])?;
-    let pace = Duration::from_secs(1) / if full() { 300 } else { 50 };
     let calls = |every: Duration| -> Result<[Calls; 2]> {
         let calls = |from: usize, to: usize| Calls::start(&scene.pods[from], scene.at[to], every);
         Ok([calls(0, 1)?, calls(1, 0)?])
     };
-    let (exact, many) = (calls(EXACT)?, calls(pace)?);
+    let (exact, many) = (calls(EXACT)?, calls(PACE)?);
     kubectl.run(&[&["rollout", "restart"][..], &daemon_set].concat())?;
     wait_installed(&ground).with_context(|| diagnosis(&ground))?;
     let after = agents()?;

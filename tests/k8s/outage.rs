@@ -21,7 +21,7 @@ use picomesh_tests::{
 };
 
 use crate::{
-    ground::{Ground, Need, PATIENCE, Test, full, ground, slowly},
+    ground::{Ground, Need, PATIENCE, Test, ground, slowly},
     install::{
         AUTHORITIES, agent_on, agent_process, diagnosis, scale, wait_captured, wait_installed,
     },
@@ -34,18 +34,16 @@ pub(crate) const TESTS: &[Test] = &[Test {
     run: nothing_notices_that_the_api_server_is_away,
 }];
 
+/// How long the API server is away before anything else happens: with what does, two minutes.
+const AWAY: Duration = Duration::from_secs(95);
+/// What comes after its return: it may believe for a moment that no kubelet lives.
+const AFTER: Duration = Duration::from_secs(60);
+
 fn nothing_notices_that_the_api_server_is_away() -> Result<()> {
     let ground = ground()?;
     let cluster = ground.own()?;
     let [near, _] = both(cluster)?;
     let scene = Scene::new(&ground, "outage")?;
-    // How long it is away before anything else happens, and how long what comes after its return
-    // is looked at: it may believe for a moment that no kubelet lives.
-    let (away, after) = if full() {
-        (Duration::from_secs(120), Duration::from_secs(60))
-    } else {
-        (Duration::from_secs(20), Duration::from_secs(15))
-    };
     // Whose endpoints may be marked unready for a moment when it is back.
     scene.space.service("far", "far", PORT)?;
     let service: IpAddr = scene.space.service_addresses("far")?.remove(0).parse()?;
@@ -62,7 +60,7 @@ fn nothing_notices_that_the_api_server_is_away() -> Result<()> {
     let traffic = Traffic::start(&scene, service)?;
     scale_all(&ground, 0)?;
     let outage = Outage::begin(cluster)?;
-    thread::sleep(away);
+    thread::sleep(AWAY);
     ensure!(
         ground.kubectl().text(&["get", "--raw", "/readyz"]).is_err(),
         "the API server answers"
@@ -81,14 +79,14 @@ fn nothing_notices_that_the_api_server_is_away() -> Result<()> {
     .with_context(|| near_log(near))?;
     scene.wait_speaks()?;
     let traffic = Traffic::start(&scene, service)?;
-    thread::sleep(away / 4);
+    thread::sleep(AWAY / 4);
     ensure!(
         cluster.control().api_server().pid().is_none(),
         "the API server runs: nothing is shown"
     );
 
     outage.end()?;
-    thread::sleep(after);
+    thread::sleep(AFTER);
     traffic.stop_unharmed("when the API server is back")?;
     let seen = capture.stop()?.found[0];
     ensure!(seen == 0, "{seen} packets between the nodes can be read");

@@ -8,7 +8,7 @@ use picomesh_tests::{cluster::TOOLS, wait};
 use serde_json::{Value, json};
 
 use crate::{
-    ground::{self, Ground, Namespace, Need, PATIENCE, Test, full, ground, slowly, url},
+    ground::{self, Ground, Namespace, Need, PATIENCE, Test, ground, slowly, url},
     install::{Installed, Part, Placement, diagnosis, wait_captured, wait_installed},
     talk::{MARKER, PORT, both, identity, label, server, wait_told, wire},
 };
@@ -25,6 +25,9 @@ pub(crate) const TESTS: &[Test] = &[
         run: without_an_agent_pods_of_the_mesh_wait_and_all_others_start,
     },
 ];
+
+/// Pods that start one after the other.
+const MANY: usize = 50;
 
 fn the_first_thing_that_new_pods_do_is_done_in_the_mesh() -> Result<()> {
     let ground = ground()?;
@@ -47,11 +50,10 @@ fn the_first_thing_that_new_pods_do_is_done_in_the_mesh() -> Result<()> {
     let seen = first_words(&ground, &outside, near.name(), &address, 2)?;
     ensure!(seen >= 2, "of two pods in plain {seen} packets were found");
 
-    let many = if full() { 50 } else { 20 };
-    let seen = first_words(&ground, &space, near.name(), &address, many)
+    let seen = first_words(&ground, &space, near.name(), &address, MANY)
         .with_context(|| diagnosis(&ground))?;
-    ensure!(seen == 0, "{seen} packets of {many} new pods can be read");
-    let pods: Vec<_> = (0..many)
+    ensure!(seen == 0, "{seen} packets of {MANY} new pods can be read");
+    let pods: Vec<_> = (0..MANY)
         .map(|index| {
             vec![
                 format!("src.workload=\"{}\"", first(index)),

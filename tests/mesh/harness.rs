@@ -9,9 +9,6 @@ use anyhow::Result;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use picomesh_tests::{agent, reaper, requirements};
 
-/// Set by `cargo xtask test --full`.
-const FULL: &str = "PICOMESH_TEST_FULL";
-
 /// One row of a table.
 #[derive(Clone, Copy)]
 pub(crate) struct Test {
@@ -45,7 +42,7 @@ pub(crate) fn run(tests: Vec<Test>) -> ExitCode {
     let mut arguments = Arguments::from_args();
     // Two cores: more worlds at a time only make timings worse.
     arguments.test_threads = Some(arguments.test_threads.unwrap_or(2).min(2));
-    let full = std::env::var_os(FULL).is_some();
+    let full = std::env::var_os(picomesh_tests::FULL).is_some();
     let trials = tests
         .into_iter()
         .filter(|test| full || !test.needs.contains(&Need::Full))

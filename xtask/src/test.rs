@@ -57,14 +57,14 @@ struct Play<'a> {
 }
 
 impl Play<'_> {
-    /// Each with whether its long versions are played, which is once enough.
-    fn releases(self) -> Vec<(Release, bool)> {
+    /// What the tier `k8s` runs on.
+    fn releases(self) -> Vec<Release> {
         // Somebody else's cluster is of its own version.
         let foreign = std::env::var_os("KUBECONFIG").is_some();
         match self.kubernetes {
-            Some(release) => vec![(release, self.full)],
-            None if self.full && !foreign => vec![(NEWEST, true), (OLDEST, false)],
-            None => vec![(NEWEST, self.full)],
+            Some(release) => vec![release],
+            None if self.full && !foreign => vec![NEWEST, OLDEST],
+            None => vec![NEWEST],
         }
     }
 }
@@ -231,7 +231,7 @@ fn prepare_kernel_tiers(tier: Tier) -> Result<()> {
 /// Kubernetes' programs and the agent's image.
 fn prepare_k8s(play: Play) -> Result<()> {
     if std::env::var_os("KUBECONFIG").is_none() {
-        for (release, _) in play.releases() {
+        for release in play.releases() {
             cluster::prepare(release)?;
         }
         image::build(picomesh_tests::image::AGENT, &image::archive())?;
@@ -344,19 +344,16 @@ fn commands(tier: Tier, play: Play) -> Vec<(&'static str, Command)> {
             let mut mesh = test(&["-p", "picomesh-tests", "--test", "mesh"], filter);
             mesh.env(picomesh_tests::agent::BINARY, image::AGENT_PROGRAM.path());
             if full {
-                mesh.env("PICOMESH_TEST_FULL", "1");
+                mesh.env(picomesh_tests::FULL, "1");
             }
             let testing = shell::target_dir().join("debug/picomesh-agent");
             mesh.env(picomesh_tests::agent::TESTING_BINARY, testing);
             vec![("agents", mesh)]
         }
         Tier::K8s => {
-            let on = |(release, full): (Release, bool)| {
+            let on = |release: Release| {
                 let mut k8s = test(&["-p", "picomesh-tests", "--test", "k8s"], filter);
                 k8s.env(AGENT_IMAGE, image::archive());
-                if full {
-                    k8s.env(picomesh_tests::FULL, "1");
-                }
                 if let Some(kubernetes) = release.find() {
                     k8s.env(KUBERNETES, kubernetes);
                 }
