@@ -29,7 +29,7 @@ use crate::{
         removal::Leaving,
         status, watch as watches,
     },
-    state::Mesh,
+    state::{Mesh, Problem, Workload},
 };
 
 /// Failures that a status names; it must stay small.
@@ -229,6 +229,14 @@ async fn report(shown: Arc<Shown>, events: Events, writes: Arc<AtomicBool>) {
         for failed in since.persisting(failed, now) {
             events.warn(about_pod(failed));
         }
+        let mesh = shown.mesh.load();
+        for warning in mesh
+            .problems
+            .iter()
+            .filter_map(|it| about_problem(it, &mesh.local))
+        {
+            events.warn(warning);
+        }
         if let Errors::Cluster(faults) = &shown.errors {
             for fault in faults.borrow().iter() {
                 events.warn(about_object(fault));
@@ -266,6 +274,36 @@ fn about_pod(failed: FailedPod) -> Warning {
         reason: "NotInMesh".into(),
         message: format!("{}: {}", failed.reason, failed.message),
     }
+}
+
+/// Where a person looks who has written a word that does not read, or two that do not fit.
+fn about_problem(problem: &Problem, local: &[Arc<Workload>]) -> Option<Warning> {
+    let key = &problem.object;
+    let api_version = match problem.kind {
+        "Namespace" | "Node" | "Pod" | "Service" => "v1",
+        "EndpointSlice" => "discovery.k8s.io/v1",
+        "NetworkPolicy" => "networking.k8s.io/v1",
+        "Server" => "policy.linkerd.io/v1beta3",
+        "ServerAuthorization" => "policy.linkerd.io/v1beta1",
+        "AuthorizationPolicy" | "MeshTLSAuthentication" | "NetworkAuthentication" => {
+            "policy.linkerd.io/v1alpha1"
+        }
+        _ => return None,
+    };
+    // By its identifier `kubectl describe` finds what is said of a pod; its own node's agent knows it.
+    let pod = local.iter().find(|pod| pod.key == *key);
+    let pod = pod.filter(|_| problem.kind == "Pod");
+    Some(Warning {
+        about: About {
+            api_version: api_version.into(),
+            kind: problem.kind.into(),
+            namespace: key.namespace.to_string(),
+            name: key.name.to_string(),
+            uid: pod.map(|pod| pod.uid.to_string()).unwrap_or_default(),
+        },
+        reason: "Misconfigured".into(),
+        message: problem.message.clone(),
+    })
 }
 
 fn about_object(fault: &watches::Fault) -> Warning {
@@ -320,6 +358,7 @@ pub(super) async fn removal_would_show(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::state::ObjectKey;
 
     #[test]
     fn a_failure_is_told_when_it_persists_and_not_while_it_changes() {
@@ -347,6 +386,35 @@ mod tests {
                 .persisting(failed("netns_missing"), later + PERSISTS)
                 .is_empty()
         );
+    }
+
+    #[test]
+    fn a_problem_is_told_on_its_object() {
+        let told = |kind: &'static str, namespace: &str| {
+            let problem = Problem {
+                kind,
+                object: ObjectKey {
+                    cluster: "".into(),
+                    namespace: namespace.into(),
+                    name: "it".into(),
+                },
+                message: "field, value and remedy".into(),
+            };
+            about_problem(&problem, &[])
+        };
+        let warning = told("Namespace", "").unwrap();
+        let About {
+            api_version,
+            namespace,
+            name,
+            ..
+        } = &warning.about;
+        assert_eq!(
+            [api_version.as_str(), namespace, name, &warning.message],
+            ["v1", "", "it", "field, value and remedy"]
+        );
+        assert!(told("Pod", "shop").is_some_and(|it| it.about.uid.is_empty()));
+        assert!(told("Something", "shop").is_none());
     }
 
     #[tokio::test(start_paused = true)]
