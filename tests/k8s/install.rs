@@ -113,6 +113,39 @@ impl Drop for Installed {
     }
 }
 
+/// One of deploy/kustomize. Removed when dropped.
+pub(crate) struct Kustomization {
+    kubectl: Kubectl,
+    source: String,
+}
+
+impl Kustomization {
+    /// `verb`: how kubectl takes it up.
+    pub(crate) fn new(kubectl: &Kubectl, verb: &str, name: &str) -> Result<Self> {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/kustomize");
+        let made = Self {
+            kubectl: kubectl.clone(),
+            source: format!("-k={}", dir.join(name).display()),
+        };
+        made.kubectl.run(&[verb, &made.source])?;
+        Ok(made)
+    }
+
+    pub(crate) fn delete(&self) -> Result<()> {
+        let patience = ["--ignore-not-found", "--timeout=60s"];
+        let args = [&["delete", &self.source][..], &patience].concat();
+        self.kubectl.run(&args).map(drop)
+    }
+}
+
+impl Drop for Kustomization {
+    fn drop(&mut self) {
+        if let Err(e) = self.delete() {
+            eprintln!("{e:#}");
+        }
+    }
+}
+
 /// A label of nodes that the tests have to themselves.
 const PLACE: &str = "picomesh-test-agent";
 
@@ -197,6 +230,11 @@ impl Withdrawn<'_> {
     /// Returns when an agent is ready there.
     pub(crate) fn give_back(mut self) -> Result<()> {
         self.give()
+    }
+
+    /// It stays without.
+    pub(crate) fn for_good(mut self) {
+        self.node = None;
     }
 
     fn give(&mut self) -> Result<()> {

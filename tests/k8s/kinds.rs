@@ -22,7 +22,10 @@ use serde_json::{Value, json};
 use crate::{
     ground::{self, Ground, Namespace, Need, PATIENCE, Test, ground, items, slowly, url},
     install::{Installed, Part, diagnosis, log_of, wait_captured, wait_installed},
-    talk::{MARKER, PORT, SLEEP, both, identity, label, nginx, seen_on_the_wire, served, wire},
+    talk::{
+        MARKER, PORT, SLEEP, both, identity, label, nginx, seen_on_the_wire, served, wait_told,
+        wire,
+    },
 };
 
 pub(crate) const TESTS: &[Test] = &[Test {
@@ -82,6 +85,16 @@ fn workloads_of_every_kind_are_in_the_mesh_and_people_can_look_into_them() -> Re
     let seen = capture.stop()?.found[0];
     ensure!(seen == 0, "{seen} packets between the nodes can be read");
     all_are_named(&ground, &space, nodes, &servers)?;
+    let caller = space.get(&["pods", "-l", "job-name=caller"])?;
+    let caller = items(&caller).next().context("the Job has no pod")?;
+    let name = caller["metadata"]["name"].as_str().context("no name")?;
+    let node = caller["spec"]["nodeName"].as_str().context("no node")?;
+    let own = identity(&space, "default");
+    let told = vec![
+        format!("src.workload=\"{name}\""),
+        format!("src.identity=\"{own}\""),
+    ];
+    wait_told(&ground, node, &[told])?;
 
     // A container before the others had the network too, and a Job's words are kept.
     for container in ["before", "main"] {

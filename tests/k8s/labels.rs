@@ -134,7 +134,7 @@ fn who_must_be_known_is_refused_for_two_seconds_at_most_and_told_why() -> Result
                 .join("; "),
             diagnosis(&ground)
         );
-        told_why(&ground, &refused).with_context(|| word.to_owned())?;
+        told_why(&ground, &refused, "").with_context(|| word.to_owned())?;
         for stream in standing {
             stream
                 .stop_unharmed()
@@ -152,7 +152,11 @@ fn who_must_be_known_is_refused_for_two_seconds_at_most_and_told_why() -> Result
             failed(&last).count()
         );
         if meshed {
-            told_why(&ground, &failed(&last).collect::<Vec<_>>())?;
+            told_why(
+                &ground,
+                &failed(&last).collect::<Vec<_>>(),
+                "unauthenticated",
+            )?;
         }
     }
     Ok(())
@@ -227,8 +231,9 @@ fn last_second(calls: &[Call]) -> Vec<Call> {
     calls.iter().filter(late).cloned().collect()
 }
 
-/// Each of these has a line in an access log, with its own address and a reason.
-fn told_why(ground: &Ground, refused: &[&Call]) -> Result<()> {
+/// Each of these has a line in an access log, with its own address and a reason, which begins so.
+fn told_why(ground: &Ground, refused: &[&Call], reason: &str) -> Result<()> {
+    let reason = format!(" error=\"{reason}");
     wait::for_value("every refusal is told with its reason", PATIENCE, || {
         let mut log = String::new();
         for node in ground.nodes()? {
@@ -238,7 +243,7 @@ fn told_why(ground: &Ground, refused: &[&Call]) -> Result<()> {
             let from = call.from.map(|from| format!(" src.addr={from} "));
             !from.is_some_and(|from| {
                 log.lines()
-                    .any(|line| line.contains(&from) && line.contains(" error=\""))
+                    .any(|line| line.contains(&from) && line.contains(&reason))
             })
         });
         slowly(match silent {

@@ -7,6 +7,7 @@
 //! missing and says where it lies.
 mod api;
 mod askers;
+mod authority;
 mod bpffs;
 mod crowded;
 mod ground;
@@ -19,8 +20,10 @@ mod lifecycle;
 mod mesh;
 mod netns;
 mod one_by_one;
+mod optin;
 mod outage;
 mod pods;
+mod policies;
 mod refusals;
 mod removal;
 mod requests;
@@ -29,11 +32,11 @@ mod start;
 mod strict;
 mod talk;
 
-use std::process::ExitCode;
+use std::{env, process::ExitCode, time::Instant};
 
 use ground::{Need, Test};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
-use picomesh_tests::reaper;
+use picomesh_tests::{FULL, reaper};
 
 fn main() -> ExitCode {
     if let Err(e) = reaper::install() {
@@ -50,6 +53,9 @@ fn main() -> ExitCode {
         refusals::TESTS,
         leaders::TESTS,
         labels::TESTS,
+        authority::TESTS,
+        optin::TESTS,
+        policies::TESTS,
         bpffs::TESTS,
         start::TESTS,
         kinds::TESTS,
@@ -63,7 +69,10 @@ fn main() -> ExitCode {
         // Last: the namespaces it leaves take a cluster minutes to tidy up.
         crowded::TESTS,
     ];
-    let trials = tables.concat().into_iter().map(trial).collect();
+    let full = env::var_os(FULL).is_some();
+    let played = |test: &Test| full || !test.needs.contains(&Need::Full);
+    let tests = tables.concat().into_iter().filter(played);
+    let trials = tests.map(trial).collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
     ground::remove();
     conclusion.exit_code()
@@ -74,8 +83,10 @@ fn trial(test: Test) -> Trial {
         if let Some(reason) = test.needs.iter().find_map(|need: &Need| need.lacks()) {
             return Ok(Completion::ignored_with(reason));
         }
-        (test.run)()
-            .map(|()| Completion::Completed)
+        let begun = Instant::now();
+        let done = (test.run)();
+        eprintln!("{}: {:.0} s", test.name, begun.elapsed().as_secs_f64());
+        done.map(|()| Completion::Completed)
             .map_err(|e| Failed::from(format!("{e:#}")))
     })
 }

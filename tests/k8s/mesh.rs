@@ -135,6 +135,11 @@ fn a_stolen_token_speaks_for_its_node_only(
 /// In the access log and in the metrics of both nodes.
 fn both_ends_are_named(ground: &Ground, space: &Namespace, near: &str, far: &str) -> Result<()> {
     let (client, server) = (identity(space, "default"), identity(space, "server"));
+    // As Linkerd writes them.
+    let ids = [("client_id", "default"), ("server_id", "server")].map(|(label, account)| {
+        let space = space.name();
+        format!("{label}=\"{account}.{space}.serviceaccount.identity.linkerd.cluster.local\"")
+    });
     for (node, direction, peer) in [(near, "outbound", "dst"), (far, "inbound", "src")] {
         let log = log_of(ground, node)?;
         let named = log.lines().filter(|line| {
@@ -164,8 +169,12 @@ fn both_ends_are_named(ground: &Ground, space: &Namespace, near: &str, far: &str
                 && line.contains(&format!("direction=\"{direction}\""))
                 && line.contains(&format!("peer=\"{peer}\""))
                 && line.contains("tls=\"true\"")
+                && ids.iter().all(|id| line.contains(id))
         });
-        ensure!(opened, "{node}: no connection by mTLS was counted");
+        ensure!(
+            opened,
+            "{node}: no connection by mTLS was counted with {ids:?}:\n{metrics}"
+        );
     }
     Ok(())
 }

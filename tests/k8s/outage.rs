@@ -16,12 +16,14 @@ use picomesh_tests::{
     client,
     cluster::{Cluster, Control, Node},
     crowd::{Crowd, Fared, WORD},
+    hooks::Hooks,
     load::Load,
     wait,
 };
+use serde_json::json;
 
 use crate::{
-    ground::{Ground, Need, PATIENCE, Test, ground, slowly},
+    ground::{Ground, Namespace, Need, PATIENCE, Test, ground, slowly},
     install::{
         AUTHORITIES, agent_on, agent_process, diagnosis, scale, wait_captured, wait_installed,
     },
@@ -36,6 +38,11 @@ pub(crate) const TESTS: &[Test] = &[Test {
 
 /// How long the API server is away before anything else happens: with what does, two minutes.
 const AWAY: Duration = Duration::from_secs(95);
+/// How long what is believed for a moment lasts.
+const UNREADY: Duration = Duration::from_secs(5);
+/// Between a node and the API server.
+const CUT_OFF: &str = "table inet cut_off { chain out { type filter hook output priority 10; \
+    tcp dport 6443 drop; } }\n";
 /// What comes after its return: it may believe for a moment that no kubelet lives.
 const AFTER: Duration = Duration::from_secs(60);
 
@@ -59,7 +66,7 @@ fn nothing_notices_that_the_api_server_is_away() -> Result<()> {
     let capture = wire(cluster, &[WORD])?;
     let traffic = Traffic::start(&scene, service)?;
     scale_all(&ground, 0)?;
-    let outage = Outage::begin(cluster)?;
+    let mut outage = Outage::begin(cluster)?;
     thread::sleep(AWAY);
     ensure!(
         ground.kubectl().text(&["get", "--raw", "/readyz"]).is_err(),
@@ -85,16 +92,37 @@ fn nothing_notices_that_the_api_server_is_away() -> Result<()> {
         "the API server runs: nothing is shown"
     );
 
+    // It has not heard of the far node's kubelet yet, and calls its pods unready.
     outage.end()?;
+    set_ready(&scene.space, false)?;
+    thread::sleep(UNREADY);
+    let ready = ready(&scene.space)?;
+    ensure!(
+        !ready.is_empty() && !ready.contains("true"),
+        "the Service's endpoints are ready: {ready:?}"
+    );
+    set_ready(&scene.space, true)?;
+    outage.over()?;
     thread::sleep(AFTER);
     traffic.stop_unharmed("when the API server is back")?;
     let seen = capture.stop()?.found[0];
     ensure!(seen == 0, "{seen} packets between the nodes can be read");
 
-    // What changes now reaches the agents, also the one that has never seen the API server; and
-    // it is the capture's control.
+    // What changes while an agent does not hear of it, here the one that has never seen the API
+    // server, is applied when it does; and it is the capture's control.
+    near.netns().nft(CUT_OFF)?;
     label(&scene.space, "disabled")?;
+    wait_captured(&ground, 1).with_context(|| diagnosis(&ground))?;
+    thread::sleep(UNREADY);
+    let hooks = format!("{:?}", Hooks::of(&scene.pods[0])?);
+    near.netns().nft("delete table inet cut_off\n")?;
     wait_captured(&ground, 0).with_context(|| diagnosis(&ground))?;
+    let without = format!("{:?}", Hooks::of(&scene.pods[0])?);
+    ensure!(
+        hooks != without,
+        "cut off from the API server {} has heard of the label: {hooks}",
+        near.name()
+    );
     scene.is_read(&ground)?;
     scale_all(&ground, 2)?;
     wait_installed(&ground).with_context(|| diagnosis(&ground))?;
@@ -149,7 +177,8 @@ fn scale_all(ground: &Ground, replicas: u32) -> Result<()> {
     all.try_for_each(|deployment| scale(ground, deployment, replicas))
 }
 
-/// The API server is killed until this ends; dropping it ends it.
+/// The API server and what keeps its objects in order are killed until this ends; dropping it ends
+/// it.
 struct Outage<'a>(Option<&'a Cluster>);
 
 impl<'a> Outage<'a> {
@@ -157,33 +186,64 @@ impl<'a> Outage<'a> {
         let api_server = cluster.control().api_server();
         ensure!(api_server.pid().is_some(), "the API server is away already");
         api_server.kill();
+        cluster.control().controllers().kill();
         Ok(Self(Some(cluster)))
     }
 
-    fn end(mut self) -> Result<()> {
-        self.restart()
-    }
-
-    fn restart(&mut self) -> Result<()> {
-        let Some(cluster) = self.0.take() else {
+    /// The API server is back.
+    fn end(&mut self) -> Result<()> {
+        let Some(cluster) = self.0 else {
             return Ok(());
         };
         let control: &Control = cluster.control();
-        control.api_server().restart()?;
+        if control.api_server().pid().is_none() {
+            control.api_server().restart()?;
+        }
         wait::for_value("the API server is back", PATIENCE, || {
             slowly(cluster.kubectl().text(&["get", "--raw", "/readyz"])).map(Some)
         })
         .map(drop)
         .with_context(|| control.api_server().last_words(15))
     }
+
+    fn over(&mut self) -> Result<()> {
+        let Some(cluster) = self.0.take() else {
+            return Ok(());
+        };
+        cluster.control().controllers().restart()
+    }
 }
 
 impl Drop for Outage<'_> {
     fn drop(&mut self) {
-        if let Err(e) = self.restart() {
+        if let Err(e) = self.end().and_then(|()| self.over()) {
             eprintln!("{e:#}");
         }
     }
+}
+
+/// As the API server says it of the Service's endpoints.
+fn set_ready(space: &Namespace, ready: bool) -> Result<()> {
+    let conditions = ["ready", "serving"].map(|condition| {
+        let path = format!("/endpoints/0/conditions/{condition}");
+        json!({"op": "replace", "path": path, "value": ready})
+    });
+    let conditions = json!(conditions).to_string();
+    for slice in slices(space)?.lines() {
+        space.kubectl(&["patch", slice, "--type=json", "-p", &conditions])?;
+    }
+    Ok(())
+}
+
+fn slices(space: &Namespace) -> Result<String> {
+    let of_service = "kubernetes.io/service-name=far";
+    space.kubectl(&["get", "endpointslices", "-l", of_service, "-o=name"])
+}
+
+fn ready(space: &Namespace) -> Result<String> {
+    let ready = "-o=jsonpath={.items[*].endpoints[*].conditions.ready}";
+    let of_service = "kubernetes.io/service-name=far";
+    space.kubectl(&["get", "endpointslices", "-l", of_service, ready])
 }
 
 fn ensure_other(now: i32, former: i32) -> Result<()> {

@@ -3,33 +3,35 @@
 
 use std::{
     collections::BTreeMap,
-    path::Path,
     process::Command,
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
+use aya::programs::loaded_programs;
 use picomesh_tests::{
-    Netns,
-    cluster::{Kubectl, Node},
-    crowd::Crowd,
-    hooks::Hooks,
-    load::Load,
-    requirements, wait,
+    Netns, cluster::Node, crowd::Crowd, hooks::Hooks, load::Load, requirements, wait,
 };
 
 use crate::{
-    ground::{Ground, Need, Test, ground},
-    install::{Part, diagnosis, wait_captured},
+    ground::{Ground, Need, PATIENCE, Test, ground},
+    install::{Kustomization, Part, Placement, diagnosis, wait_captured, wait_installed},
     talk::{Scene, both, label},
 };
 
-pub(crate) const TESTS: &[Test] = &[Test {
-    name: "removal::a_mesh_that_is_deleted_was_never_there",
-    needs: &[Need::Nodes, Need::Image],
-    run: a_mesh_that_is_deleted_was_never_there,
-}];
+pub(crate) const TESTS: &[Test] = &[
+    Test {
+        name: "removal::a_mesh_that_is_deleted_was_never_there",
+        needs: &[Need::Nodes, Need::Image],
+        run: a_mesh_that_is_deleted_was_never_there,
+    },
+    Test {
+        name: "removal::what_a_node_without_an_agent_has_kept_is_taken_off_later",
+        needs: &[Need::Full, Need::Nodes, Need::Image],
+        run: what_a_node_without_an_agent_has_kept_is_taken_off_later,
+    },
+];
 
 /// Of the manifests: what an agent gives the connections that it carries.
 const DRAIN: Duration = Duration::from_secs(30);
@@ -37,7 +39,8 @@ const DRAIN: Duration = Duration::from_secs(30);
 fn a_mesh_that_is_deleted_was_never_there() -> Result<()> {
     let ground = ground()?;
     let nodes = both(ground.own()?)?;
-    let _foreign = ForeignKinds::create(ground.kubectl())?;
+    // Linkerd's kinds, as if it had brought them.
+    let _foreign = Kustomization::new(ground.kubectl(), "create", "policy-crds")?;
     let mut scene = Scene::without_mesh(&ground, "removal")?;
     let look = |scene: &Scene| Traces::look(&ground, nodes, scene);
     let before = look(&scene)?;
@@ -121,6 +124,49 @@ fn a_mesh_that_is_deleted_was_never_there() -> Result<()> {
     scene.is_read(&ground)
 }
 
+fn what_a_node_without_an_agent_has_kept_is_taken_off_later() -> Result<()> {
+    let ground = ground()?;
+    let nodes = both(ground.own()?)?;
+    let [near, _] = nodes;
+    let placement = Placement::new(&ground)?;
+    let mut scene = Scene::without_mesh(&ground, "kept")?;
+    let look = |scene: &Scene| Traces::look(&ground, nodes, scene);
+    let before = look(&scene)?;
+    scene.install(&ground, Part::All)?;
+    label(&scene.space, "enabled")?;
+    wait_captured(&ground, 2).with_context(|| diagnosis(&ground))?;
+    placement.rules()?;
+    wait_installed(&ground).with_context(|| diagnosis(&ground))?;
+    placement.take(near.name())?.for_good();
+    scene.remove()?;
+
+    // The control: only who had no agent has anything left, and its pods wait for one.
+    let left = look(&scene)?;
+    for what in ["bpffs", "the CNI's directories"] {
+        let what = format!("{what} of {}", near.name());
+        ensure!(
+            left.0.get(&what) != before.0.get(&what),
+            "nothing is left in {what}"
+        );
+    }
+    ensure!(
+        scene.speak().is_err(),
+        "a pod of the mesh speaks without an agent"
+    );
+
+    let cleanup = Kustomization::new(ground.kubectl(), "apply", "cleanup")?;
+    let timeout = format!("--timeout={}s", wait::patience(PATIENCE).as_secs());
+    let daemon_set = ["daemonset/picomesh-cleanup", "-n", "picomesh-cleanup"];
+    let status = [&["rollout", "status"][..], &daemon_set, &[&timeout]].concat();
+    ground.kubectl().run(&status)?;
+    // It is done where it is ready.
+    let after = look(&scene)?;
+    ensure!(after == before, "{}", before.differs_from(&after));
+    scene.wait_speaks()?;
+    scene.is_read(&ground)?;
+    cleanup.delete()
+}
+
 /// How `ip` shows what is ours: by the protocol's number.
 const MARK: &str = "proto 112";
 
@@ -147,6 +193,7 @@ impl Traces {
                 }
             }
         }
+        all.insert("programs of the kernel".into(), programs()?);
         let columns = "-o=custom-columns=N:.metadata.name,U:.metadata.uid,G:.metadata.generation";
         let kinds = ground
             .kubectl()
@@ -166,6 +213,23 @@ impl Traces {
         });
         told.collect()
     }
+}
+
+/// Of the kinds that a mesh could have loaded: runtimes load others for each of their containers.
+fn programs() -> Result<String> {
+    /// Of `enum bpf_prog_type`: SCHED_CLS, SOCK_OPS, SK_SKB, SK_MSG, SK_LOOKUP.
+    const KINDS: [u32; 5] = [3, 13, 14, 16, 30];
+    let mut found = Vec::new();
+    for program in loaded_programs() {
+        let program = program?;
+        let kind = program.program_type() as u32;
+        if KINDS.contains(&kind) {
+            let name = program.name_as_str().unwrap_or_default();
+            found.push(format!("{kind} {name} {}", program.id()));
+        }
+    }
+    found.sort();
+    Ok(found.join("\n"))
 }
 
 const BPFFS: &str = "bpf on /sys/fs/bpf";
@@ -233,36 +297,4 @@ fn ip(netns: &Netns, args: &[&str]) -> Result<String> {
     let mut lines: Vec<String> = lines.collect();
     lines.sort();
     Ok(lines.join("\n"))
-}
-
-/// Linkerd's kinds, as if it had brought them. Removed when dropped.
-struct ForeignKinds {
-    kubectl: Kubectl,
-    source: String,
-}
-
-impl ForeignKinds {
-    fn create(kubectl: &Kubectl) -> Result<Self> {
-        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/kustomize/policy-crds");
-        let source = format!("-k={}", dir.display());
-        kubectl.run(&["create", &source])?;
-        Ok(Self {
-            kubectl: kubectl.clone(),
-            source,
-        })
-    }
-}
-
-impl Drop for ForeignKinds {
-    fn drop(&mut self) {
-        let gone = self.kubectl.run(&[
-            "delete",
-            &self.source,
-            "--ignore-not-found",
-            "--timeout=60s",
-        ]);
-        if let Err(e) = gone {
-            eprintln!("{e:#}");
-        }
-    }
 }

@@ -8,7 +8,7 @@ use picomesh_tests::{cluster::TOOLS, wait};
 use serde_json::{Value, json};
 
 use crate::{
-    ground::{self, Ground, Namespace, Need, PATIENCE, Test, ground, slowly, url},
+    ground::{self, Ground, Namespace, Need, PATIENCE, Test, ground, items, slowly, url},
     install::{Installed, Part, Placement, diagnosis, wait_captured, wait_installed},
     talk::{MARKER, PORT, both, identity, label, server, wait_told, wire},
 };
@@ -133,10 +133,13 @@ fn without_an_agent_pods_of_the_mesh_wait_and_all_others_start() -> Result<()> {
         "cd /etc/cni/net.d && list=$(cat 10-pods.conflist) && printf %s \"$list\" > 10-pods.conflist",
     ])?;
     let names = ["waits", "joins", "goes"];
-    let markers = names.map(|name| format!("{MARKER}-of-{name}/"));
+    let markers = names.map(|name| format!("{MARKER}-of-{name}"));
     let markers: Vec<&[u8]> = markers.iter().map(String::as_bytes).collect();
     let capture = wire(cluster, &markers)?;
-    space.apply(caller("waits", near.name(), &address))?;
+    let waits = |index: usize| format!("waits{index}");
+    for index in 0..MANY {
+        space.apply(caller(&waits(index), near.name(), &address))?;
+    }
     let mut joins = caller("joins", near.name(), &address);
     joins["metadata"]["annotations"] = json!({"picomesh.io/mesh": "enabled"});
     outside.apply(joins)?;
@@ -145,15 +148,21 @@ fn without_an_agent_pods_of_the_mesh_wait_and_all_others_start() -> Result<()> {
     // Nobody else is held up, and that is the capture's control.
     outside.wait_succeeded("goes")?;
     capture.wait_found(2, Duration::from_secs(5))?;
-    says_why(&space, "waits", &[whole, &known])?;
+    says_why(&space, &waits(0), &[whole, &known])?;
+    says_why(&space, &waits(MANY - 1), &[whole, &known])?;
     says_why(&outside, "joins", &[whole, "its own annotation says so"])?;
-    for (space, pod) in [(&space, "waits"), (&outside, "joins")] {
-        let phase = &space.get(&["pod", pod])?["status"]["phase"];
-        ensure!(phase == "Pending", "{pod} is {phase} without an agent");
+    for (space, pods) in [(&space, MANY), (&outside, 1)] {
+        let pending = ["pods", "--field-selector=status.phase=Pending"];
+        let pending = items(&space.get(&pending)?).count();
+        ensure!(
+            pending == pods,
+            "without an agent {pending} of {pods} pods of {} wait",
+            space.name()
+        );
     }
 
     withdrawn.give_back().with_context(|| diagnosis(&ground))?;
-    space.wait_succeeded("waits")?;
+    space.wait_all("calls=at-once", "jsonpath={.status.phase}=Succeeded")?;
     outside.wait_succeeded("joins")?;
     let seen = capture.stop()?;
     ensure!(
@@ -161,14 +170,16 @@ fn without_an_agent_pods_of_the_mesh_wait_and_all_others_start() -> Result<()> {
         "packets of waits and joins that can be read: {:?}",
         seen.found
     );
-    let told = [(&space, "waits"), (&outside, "joins")].map(|(from, pod)| {
+    let all = (0..MANY).map(|index| (&space, waits(index)));
+    let all = all.chain([(&outside, "joins".to_owned())]);
+    let told = all.map(|(from, pod)| {
         vec![
             format!("src.workload=\"{pod}\""),
             format!("src.identity=\"{}\"", identity(from, "default")),
             format!("dst.identity=\"{}\"", identity(&space, "server")),
         ]
     });
-    wait_told(&ground, near.name(), &told)
+    wait_told(&ground, near.name(), &told.collect::<Vec<_>>())
 }
 
 /// Until the plugin of every node would know the namespace without its agent.

@@ -14,7 +14,7 @@ use picomesh_tests::{
 use serde_json::{Value, json};
 
 use crate::{
-    ground::{Ground, Namespace, PATIENCE, image, slowly, url},
+    ground::{Ground, Namespace, PATIENCE, image, items, slowly, url},
     install::{Installed, Part, diagnosis, log_of, wait_captured, wait_installed},
 };
 
@@ -114,6 +114,19 @@ pub(crate) fn wait_told(ground: &Ground, node: &str, lines: &[Vec<String>]) -> R
             None => Ok(Some(())),
             Some(words) => Err(anyhow::anyhow!("no line has {words:?}")),
         })
+    })
+}
+
+/// Waits until `kubectl describe` of the object would show a warning with this word.
+pub(crate) fn event_about(space: &Namespace, kind: &str, name: &str, word: &str) -> Result<()> {
+    let about = format!("--field-selector=involvedObject.kind={kind},involvedObject.name={name}");
+    wait::for_value(&format!("an Event on {kind} {name}"), PATIENCE, || {
+        let events = slowly(space.get(&["events", &about]))?;
+        let told = items(&events).any(|event| {
+            let message = event["message"].as_str().unwrap_or_default();
+            event["type"] == "Warning" && message.contains(word)
+        });
+        slowly(told.then_some(()).with_context(|| events.to_string())).map(Some)
     })
 }
 

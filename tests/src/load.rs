@@ -39,8 +39,8 @@ impl Load {
     /// A new connection to an echo server every few milliseconds.
     pub fn of_connections(from: &impl AsRef<Netns>, to: SocketAddr) -> Result<Self> {
         Self::start(from, move |_| {
-            let answer = client::exchange(to, b"a short word", PATIENCE)?;
-            ensure!(answer == b"a short word", "the echo is {answer:?}");
+            let answer = client::exchange(to, WORD, PATIENCE)?;
+            ensure!(answer == WORD, "the echo is {answer:?}");
             Ok(())
         })
     }

@@ -354,6 +354,9 @@ fn commands(tier: Tier, play: Play) -> Vec<(&'static str, Command)> {
             let on = |release: Release| {
                 let mut k8s = test(&["-p", "picomesh-tests", "--test", "k8s"], filter);
                 k8s.env(AGENT_IMAGE, image::archive());
+                if full {
+                    k8s.env(picomesh_tests::FULL, "1");
+                }
                 if let Some(kubernetes) = release.find() {
                     k8s.env(KUBERNETES, kubernetes);
                 }

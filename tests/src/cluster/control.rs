@@ -222,6 +222,11 @@ impl Control {
         &self.api_server
     }
 
+    /// kube-controller-manager.
+    pub fn controllers(&self) -> &Component {
+        &self.controllers
+    }
+
     pub fn etcd(&self) -> &Component {
         &self.etcd
     }
