@@ -103,6 +103,7 @@ fn agents_are_rolled_under_load_and_nobody_notices() -> Result<()> {
         "a connection took {:?}",
         fared.longest
     );
+    all.iter().for_each(Load::no_more);
     for stream in all {
         stream.stop_unharmed().context("a stream was cut")?;
     }

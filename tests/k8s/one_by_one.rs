@@ -13,7 +13,6 @@ use picomesh_tests::{
     calls::{Call, Calls},
     cluster::Cluster,
     crowd::WORD,
-    load::Load,
     wait,
 };
 
@@ -34,12 +33,8 @@ pub(crate) const TESTS: &[Test] = &[Test {
 const LONGEST: Duration = Duration::from_secs(3);
 /// So exactly the first is seen: whoever waits for a lost SYN waits for seconds.
 const EXACT: Duration = Duration::from_millis(50);
-/// Of the many, on each node: some more than are counted, for what starting them takes.
-const PACE: Duration = Duration::from_nanos(1_000_000_000 / 360);
-const SECOND: u32 = 300;
-/// At any time, on each node, and how long each is: less than an agent that ends gives it.
-const STREAMS: usize = 50;
-const STREAM: Duration = Duration::from_secs(3);
+/// Of the many: 300 a second.
+const PACE: Duration = Duration::from_nanos(1_000_000_000 / 300);
 /// Instead of half a minute, which an agent takes to end under steady load.
 const DRAIN: &str = "PICOMESH_DRAIN_DEADLINE=5s";
 
@@ -66,14 +61,7 @@ fn agents_of_which_one_ends_before_the_next_starts_refuse_nobody() -> Result<()>
         let calls = |from: usize, to: usize| Calls::start(&scene.pods[from], scene.at[to], every);
         Ok([calls(0, 1)?, calls(1, 0)?])
     };
-    let begun = Instant::now();
     let (exact, many) = (calls(EXACT)?, calls(PACE)?);
-    let mut streams = Vec::new();
-    for (from, to) in [(0, 1), (1, 0)] {
-        for _ in 0..STREAMS {
-            streams.push(Load::of_streams(&scene.pods[from], scene.at[to], STREAM)?);
-        }
-    }
     kubectl.run(&[&["rollout", "restart"][..], &daemon_set].concat())?;
     wait_installed(&ground).with_context(|| diagnosis(&ground))?;
     let after = agents()?;
@@ -84,11 +72,7 @@ fn agents_of_which_one_ends_before_the_next_starts_refuse_nobody() -> Result<()>
         let [one, other] = calls;
         Ok([one.stop()?, other.stop()?])
     };
-    let called = begun.elapsed();
     let (exact, many) = (stop(exact)?, stop(many)?);
-    for stream in streams {
-        stream.stop_unharmed().context("a stream was cut")?;
-    }
     let seen = capture.stop()?.found[0];
 
     let all = || exact.iter().chain(&many).flatten();
@@ -103,12 +87,6 @@ fn agents_of_which_one_ends_before_the_next_starts_refuse_nobody() -> Result<()>
         diagnosis(&ground)
     );
     ensure!(seen == 0, "{seen} packets between the nodes can be read");
-    for calls in &many {
-        // A machine that cannot do what is promised has shown nothing.
-        let pace = calls.len() as f64 / called.as_secs_f64();
-        eprintln!("{pace:.0} calls a second");
-        ensure!(pace >= f64::from(SECOND), "only {pace:.0} calls a second");
-    }
     for (index, end) in ends.into_iter().enumerate() {
         let (node, start) = (nodes[index].name(), starts[index]);
         let end = end.join().map_err(|_| anyhow!("the look-out panicked"))??;

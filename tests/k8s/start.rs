@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::{
     ground::{self, Ground, Namespace, Need, PATIENCE, Test, ground, items, slowly, url},
-    install::{Installed, Part, Placement, diagnosis, wait_captured, wait_installed},
+    install::{Installed, Part, Placement, diagnosis, log_of, wait_captured, wait_installed},
     talk::{MARKER, PORT, both, identity, label, server, wait_told, wire},
 };
 
@@ -28,6 +28,8 @@ pub(crate) const TESTS: &[Test] = &[
 
 /// Pods that start one after the other.
 const MANY: usize = 50;
+/// Pods that wait for an agent: the kubelet tries each of them again and again.
+const WAITING: usize = 10;
 
 fn the_first_thing_that_new_pods_do_is_done_in_the_mesh() -> Result<()> {
     let ground = ground()?;
@@ -137,7 +139,7 @@ fn without_an_agent_pods_of_the_mesh_wait_and_all_others_start() -> Result<()> {
     let markers: Vec<&[u8]> = markers.iter().map(String::as_bytes).collect();
     let capture = wire(cluster, &markers)?;
     let waits = |index: usize| format!("waits{index}");
-    for index in 0..MANY {
+    for index in 0..WAITING {
         space.apply(caller(&waits(index), near.name(), &address))?;
     }
     let mut joins = caller("joins", near.name(), &address);
@@ -149,9 +151,9 @@ fn without_an_agent_pods_of_the_mesh_wait_and_all_others_start() -> Result<()> {
     outside.wait_succeeded("goes")?;
     capture.wait_found(2, Duration::from_secs(5))?;
     says_why(&space, &waits(0), &[whole, &known])?;
-    says_why(&space, &waits(MANY - 1), &[whole, &known])?;
+    says_why(&space, &waits(WAITING - 1), &[whole, &known])?;
     says_why(&outside, "joins", &[whole, "its own annotation says so"])?;
-    for (space, pods) in [(&space, MANY), (&outside, 1)] {
+    for (space, pods) in [(&space, WAITING), (&outside, 1)] {
         let pending = ["pods", "--field-selector=status.phase=Pending"];
         let pending = items(&space.get(&pending)?).count();
         ensure!(
@@ -162,7 +164,9 @@ fn without_an_agent_pods_of_the_mesh_wait_and_all_others_start() -> Result<()> {
     }
 
     withdrawn.give_back().with_context(|| diagnosis(&ground))?;
-    space.wait_all("calls=at-once", "jsonpath={.status.phase}=Succeeded")?;
+    space
+        .wait_all("calls=at-once", "jsonpath={.status.phase}=Succeeded")
+        .with_context(|| refusals(&ground))?;
     outside.wait_succeeded("joins")?;
     let seen = capture.stop()?;
     ensure!(
@@ -170,7 +174,7 @@ fn without_an_agent_pods_of_the_mesh_wait_and_all_others_start() -> Result<()> {
         "packets of waits and joins that can be read: {:?}",
         seen.found
     );
-    let all = (0..MANY).map(|index| (&space, waits(index)));
+    let all = (0..WAITING).map(|index| (&space, waits(index)));
     let all = all.chain([(&outside, "joins".to_owned())]);
     let told = all.map(|(from, pod)| {
         vec![
@@ -180,6 +184,17 @@ fn without_an_agent_pods_of_the_mesh_wait_and_all_others_start() -> Result<()> {
         ]
     });
     wait_told(&ground, near.name(), &told.collect::<Vec<_>>())
+}
+
+/// What the agents have refused.
+fn refusals(ground: &Ground) -> String {
+    let mut told = String::new();
+    for node in ground.nodes().unwrap_or_default() {
+        let log = log_of(ground, &node).unwrap_or_else(|e| format!("{e:#}"));
+        let refused = log.lines().filter(|line| line.contains(" error=\""));
+        told.extend(refused.map(|line| format!("{node}: {line}\n")));
+    }
+    told
 }
 
 /// Until the plugin of every node would know the namespace without its agent.

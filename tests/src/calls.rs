@@ -36,7 +36,7 @@ pub struct Call {
 }
 
 /// Each is a thread; while so many wait nobody new comes.
-const MOST_AT_ONCE: usize = 2_000;
+const MOST_AT_ONCE: usize = 500;
 /// Long after a lost SYN was sent again for the fourth time.
 const PATIENCE: Duration = Duration::from_secs(45);
 

@@ -120,8 +120,14 @@ impl Load {
         })
     }
 
-    pub fn stop(mut self) -> Result<Tally> {
+    /// The round that is under way is the last. Said to many before each is stopped, they end
+    /// together.
+    pub fn no_more(&self) {
         self.stop.store(true, Ordering::Relaxed);
+    }
+
+    pub fn stop(mut self) -> Result<Tally> {
+        self.no_more();
         self.thread
             .take()
             .ok_or_else(|| anyhow!("the load was stopped already"))?

@@ -97,7 +97,8 @@ pub struct Timing {
     pub ping: Duration,
     /// How long a pod that left the mesh is still served by tunnels.
     pub recently_meshed: Duration,
-    /// How long a tunnel's claim waits for news of a pod that nobody told us of yet.
+    /// How long a tunnel's claim waits for news of a pod that nobody told us of yet. A kubelet writes
+    /// a pod's address a second after the pod has it, or later where many begin at once.
     pub unknown_source: Duration,
 }
 
@@ -110,7 +111,7 @@ impl Default for Timing {
             tunnel_idle: Duration::from_secs(90),
             ping: Duration::from_secs(10),
             recently_meshed: Duration::from_secs(60),
-            unknown_source: Duration::from_secs(1),
+            unknown_source: Duration::from_secs(5),
         }
     }
 }
