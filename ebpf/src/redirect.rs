@@ -84,8 +84,8 @@ pub(crate) fn drop(slot: Slot, counter: Counter) -> i32 {
     TC_ACT_SHOT
 }
 
-/// A redirection to no device drops the packet, and on egress that counts as sent (`__dev_queue_xmit`
-/// and `skb_do_redirect` of Linux 6.1 to 6.18). TC_ACT_STOLEN says the same, but not to tcx, which
+/// A redirection to no device drops the packet, and on egress that counts as sent
+/// (`sch_handle_egress` and `skb_do_redirect` of Linux). TC_ACT_STOLEN says the same, but not to tcx, which
 /// takes it for "go on".
 #[inline(always)]
 pub(crate) fn lose(slot: Slot, counter: Counter) -> i32 {

@@ -97,8 +97,8 @@ pub struct Timing {
     pub ping: Duration,
     /// How long a pod that left the mesh is still served by tunnels.
     pub recently_meshed: Duration,
-    /// How long a tunnel's claim waits for news of a pod that nobody told us of yet. A kubelet writes
-    /// a pod's address a second after the pod has it, or later where many begin at once.
+    /// How long a tunnel's claim waits for news of a pod that nobody told us of yet. A kubelet tells
+    /// of a pod's address some time after the pod has it, and later where many begin at once.
     pub unknown_source: Duration,
 }
 
