@@ -13,6 +13,7 @@ use picomesh_tests::{
     calls::{Call, Calls},
     cluster::Cluster,
     crowd::WORD,
+    load::{BEGUN, Load},
     wait,
 };
 
@@ -33,8 +34,14 @@ pub(crate) const TESTS: &[Test] = &[Test {
 const LONGEST: Duration = Duration::from_secs(3);
 /// So exactly the first is seen: whoever waits for a lost SYN waits for seconds.
 const EXACT: Duration = Duration::from_millis(50);
-/// Of the many: 300 a second.
-const PACE: Duration = Duration::from_nanos(1_000_000_000 / 300);
+/// Of the many, on each node: some more than are counted, for what starting them takes.
+const PACE: Duration = Duration::from_nanos(1_000_000_000 / 340);
+const SECOND: u32 = 300;
+/// At any time, on each node; longer than an agent that ends gives them.
+const STREAMS: usize = 50;
+const STREAM: Duration = Duration::from_secs(15);
+/// Agents that carry a stream, each of which ends once.
+const CARRIERS: usize = 2;
 /// Instead of half a minute, which an agent takes to end under steady load.
 const DRAIN: &str = "PICOMESH_DRAIN_DEADLINE=5s";
 
@@ -61,7 +68,14 @@ fn agents_of_which_one_ends_before_the_next_starts_refuse_nobody() -> Result<()>
         let calls = |from: usize, to: usize| Calls::start(&scene.pods[from], scene.at[to], every);
         Ok([calls(0, 1)?, calls(1, 0)?])
     };
+    let begun = Instant::now();
     let (exact, many) = (calls(EXACT)?, calls(PACE)?);
+    let mut streams = Vec::new();
+    for (from, to) in [(0, 1), (1, 0)] {
+        for _ in 0..STREAMS {
+            streams.push(Load::of_streams(&scene.pods[from], scene.at[to], STREAM)?);
+        }
+    }
     kubectl.run(&[&["rollout", "restart"][..], &daemon_set].concat())?;
     wait_installed(&ground).with_context(|| diagnosis(&ground))?;
     let after = agents()?;
@@ -72,7 +86,11 @@ fn agents_of_which_one_ends_before_the_next_starts_refuse_nobody() -> Result<()>
         let [one, other] = calls;
         Ok([one.stop()?, other.stop()?])
     };
+    let called = begun.elapsed();
     let (exact, many) = (stop(exact)?, stop(many)?);
+    streams.iter().for_each(Load::no_more);
+    let streams: Result<Vec<_>> = streams.into_iter().map(Load::stop).collect();
+    let streams = streams?;
     let seen = capture.stop()?.found[0];
 
     let all = || exact.iter().chain(&many).flatten();
@@ -86,6 +104,31 @@ fn agents_of_which_one_ends_before_the_next_starts_refuse_nobody() -> Result<()>
         failures[..failures.len().min(10)].join("; "),
         diagnosis(&ground)
     );
+    let cut = streams
+        .iter()
+        .map(|stream| stream.failures.len())
+        .sum::<usize>();
+    eprintln!(
+        "{} streams, {cut} cut by the end of an agent",
+        streams.len()
+    );
+    for stream in &streams {
+        ensure!(
+            stream.failures.len() <= CARRIERS
+                && stream
+                    .failures
+                    .iter()
+                    .all(|failure| failure.contains(BEGUN)),
+            "a stream was refused, or cut by something else: {:?}",
+            stream.failures
+        );
+    }
+    for calls in &many {
+        // A machine that cannot do what is promised has shown nothing.
+        let pace = calls.len() as f64 / called.as_secs_f64();
+        eprintln!("{pace:.0} calls a second");
+        ensure!(pace >= f64::from(SECOND), "only {pace:.0} calls a second");
+    }
     ensure!(seen == 0, "{seen} packets between the nodes can be read");
     for (index, end) in ends.into_iter().enumerate() {
         let (node, start) = (nodes[index].name(), starts[index]);

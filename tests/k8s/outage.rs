@@ -16,6 +16,7 @@ use picomesh_tests::{
     client,
     cluster::{Cluster, Control, Node},
     crowd::{Crowd, Fared, WORD},
+    hooks::Hooks,
     load::Load,
     wait,
 };
@@ -39,6 +40,14 @@ pub(crate) const TESTS: &[Test] = &[Test {
 const AWAY: Duration = Duration::from_secs(95);
 /// How long what is believed for a moment lasts.
 const UNREADY: Duration = Duration::from_secs(5);
+/// Between a node and the API server.
+const CUT_OFF: &str = "table inet cut_off {
+    chain out {
+        type filter hook output priority 10;
+        tcp dport 6443 drop
+    }
+}
+";
 /// What comes after its return: it may believe for a moment that no kubelet lives.
 const AFTER: Duration = Duration::from_secs(60);
 
@@ -104,10 +113,21 @@ fn nothing_notices_that_the_api_server_is_away() -> Result<()> {
     let seen = capture.stop()?.found[0];
     ensure!(seen == 0, "{seen} packets between the nodes can be read");
 
-    // What changes now reaches the agents, also the one that has never seen the API server; and
-    // it is the capture's control.
+    // What changes while an agent does not hear of it, here the one that has never seen the API
+    // server, is applied when it does; and it is the capture's control.
+    near.netns().nft(CUT_OFF)?;
     label(&scene.space, "disabled")?;
+    wait_captured(&ground, 1).with_context(|| diagnosis(&ground))?;
+    thread::sleep(UNREADY);
+    let hooks = format!("{:?}", Hooks::of(&scene.pods[0])?);
+    near.netns().nft("delete table inet cut_off\n")?;
     wait_captured(&ground, 0).with_context(|| diagnosis(&ground))?;
+    let without = format!("{:?}", Hooks::of(&scene.pods[0])?);
+    ensure!(
+        hooks != without,
+        "cut off from the API server {} has heard of the label: {hooks}",
+        near.name()
+    );
     scene.is_read(&ground)?;
     scale_all(&ground, 2)?;
     wait_installed(&ground).with_context(|| diagnosis(&ground))?;

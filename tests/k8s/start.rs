@@ -26,10 +26,9 @@ pub(crate) const TESTS: &[Test] = &[
     },
 ];
 
-/// Pods that start one after the other.
+/// Pods that start one after the other, and pods that wait for an agent: the kubelet tries each of
+/// them again and again.
 const MANY: usize = 50;
-/// Pods that wait for an agent: the kubelet tries each of them again and again.
-const WAITING: usize = 10;
 
 fn the_first_thing_that_new_pods_do_is_done_in_the_mesh() -> Result<()> {
     let ground = ground()?;
@@ -139,7 +138,7 @@ fn without_an_agent_pods_of_the_mesh_wait_and_all_others_start() -> Result<()> {
     let markers: Vec<&[u8]> = markers.iter().map(String::as_bytes).collect();
     let capture = wire(cluster, &markers)?;
     let waits = |index: usize| format!("waits{index}");
-    for index in 0..WAITING {
+    for index in 0..MANY {
         space.apply(caller(&waits(index), near.name(), &address))?;
     }
     let mut joins = caller("joins", near.name(), &address);
@@ -151,9 +150,9 @@ fn without_an_agent_pods_of_the_mesh_wait_and_all_others_start() -> Result<()> {
     outside.wait_succeeded("goes")?;
     capture.wait_found(2, Duration::from_secs(5))?;
     says_why(&space, &waits(0), &[whole, &known])?;
-    says_why(&space, &waits(WAITING - 1), &[whole, &known])?;
+    says_why(&space, &waits(MANY - 1), &[whole, &known])?;
     says_why(&outside, "joins", &[whole, "its own annotation says so"])?;
-    for (space, pods) in [(&space, WAITING), (&outside, 1)] {
+    for (space, pods) in [(&space, MANY), (&outside, 1)] {
         let pending = ["pods", "--field-selector=status.phase=Pending"];
         let pending = items(&space.get(&pending)?).count();
         ensure!(
@@ -174,7 +173,7 @@ fn without_an_agent_pods_of_the_mesh_wait_and_all_others_start() -> Result<()> {
         "packets of waits and joins that can be read: {:?}",
         seen.found
     );
-    let all = (0..WAITING).map(|index| (&space, waits(index)));
+    let all = (0..MANY).map(|index| (&space, waits(index)));
     let all = all.chain([(&outside, "joins".to_owned())]);
     let told = all.map(|(from, pod)| {
         vec![

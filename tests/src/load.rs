@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 
 use crate::{Netns, client, crowd::WORD, wait};
 
@@ -30,6 +30,9 @@ pub struct Tally {
     pub failures: Vec<String>,
     pub longest: Duration,
 }
+
+/// What the failure of a stream says that was served before.
+pub const BEGUN: &str = "cut while it was served";
 
 /// After as many the point is made.
 const MANY_FAILURES: usize = 20;
@@ -56,13 +59,15 @@ impl Load {
     }
 
     /// One connection to an echo server after the other, each as long as `life`, with a word to and
-    /// fro five times a second. Stopping it waits for the last one's end.
+    /// fro five times a second. Stopping it waits for the last one's end. A failure says whether
+    /// the stream had [`BEGUN`].
     pub fn of_streams(from: &impl AsRef<Netns>, to: SocketAddr, life: Duration) -> Result<Self> {
         Self::start(from, move |_| {
             let mut stream = client::connect(to, PATIENCE)?;
+            client::ping(&mut stream, WORD)?;
             let begun = Instant::now();
             while begun.elapsed() < life {
-                client::ping(&mut stream, WORD)?;
+                client::ping(&mut stream, WORD).context(BEGUN)?;
                 thread::sleep(Duration::from_millis(200));
             }
             Ok(())

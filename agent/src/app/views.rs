@@ -169,6 +169,7 @@ impl Shown {
                     "dialled": share.dialled,
                     "came": share.came,
                     "pending": share.pending,
+                    "waiting": share.waiting,
                     "buffered_bytes": share.buffered_bytes,
                     "refused": share.refused,
                 })
@@ -313,6 +314,7 @@ impl Shown {
             ("pod_inbound_connections", caps.pod_inbound_connections),
             ("pod_connection_rate", caps.pod_rate as usize),
             ("pod_pending", caps.pod_pending),
+            ("pod_waiting", caps.pod_waiting),
             ("pod_buffers", caps.pod_buffers),
             ("node_connections", caps.node_connections),
             ("node_buffers", caps.node_buffers),

@@ -5,13 +5,21 @@
 //! what is its own, never theirs; and because more may come to a pod than any one pod may dial, a
 //! single caller cannot use up what a pod of another node may take either. What comes by tunnels,
 //! with a proven identity, is counted apart from what comes plainly: strangers cannot keep the mesh
-//! out. Four things are bounded: connections open, new ones in a second,
-//! those whose far end is still being reached, and bytes that wait in our memory.
+//! out. Five things are bounded: connections open, new ones in a second, those whose far end is
+//! still being reached, those that wait for an agent that is away, and bytes that wait in our
+//! memory.
 //!
-//! **Refused, not delayed.** What is over a cap is accepted and reset at once, before a task or a
-//! buffer is made for it, and counted by reason. Leaving it in the listener's queue would cost less
-//! and tell nobody: the client would hang in a connection that stands for its kernel, the queue
-//! would fill with callers that have given up, and the pod's other callers would wait behind them.
+//! **Refused, not delayed.** What is over a cap is accepted and reset, before a task or a buffer is
+//! made for it, and counted by reason. Leaving it in the listener's queue would cost less and tell
+//! nobody: the client would hang in a connection that stands for its kernel, the queue would fill
+//! with callers that have given up, and the pod's other callers would wait behind them. A burst is
+//! another thing: where places become free by themselves its last ones wait, for two seconds
+//! together until the queue has been empty ([`Over::passes`], `GRACE` in `proxy/threads.rs`).
+//!
+//! **Who waits takes no one's place.** While a node's agent is away, for the seconds in which one
+//! follows another, all that a pod dials there waits ([`Permit::wait`]). It counts apart: what the
+//! pod dials elsewhere goes on, and so does what it dials anew when all of them are let go on. Who is
+//! one too many for waiting is told at once what it would have waited for.
 //!
 //! **Buffers squeeze, they never refuse.** A slow reader is no offence. The fuller a pod's share of
 //! buffers is, the less one read may take ([`Share::read_limit`]), down to so little that all
@@ -68,6 +76,8 @@ pub struct Caps {
     /// Connections that one pod has dialled and whose far end is being reached. Twice as many of
     /// those that came to it.
     pub pod_pending: usize,
+    /// Connections that one pod has dialled and that wait until their far end can be reached.
+    pub pod_waiting: usize,
     /// Bytes of one pod that wait for a slow reader, from which on reads are smallest.
     pub pod_buffers: usize,
     /// The same of all pods.
@@ -106,7 +116,7 @@ impl Way {
 
 /// Over which cap?
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Over {
+pub(super) enum Over {
     Connections,
     Rate,
     Pending,
@@ -115,6 +125,14 @@ enum Over {
 
 impl Over {
     const ALL: [Self; 4] = [Self::Connections, Self::Rate, Self::Pending, Self::Node];
+
+    /// Does another's end make room?
+    pub(super) fn passes(self) -> bool {
+        match self {
+            Self::Connections | Self::Pending | Self::Node => true,
+            Self::Rate => false,
+        }
+    }
 
     fn reason(self, way: Way) -> Reason {
         match (self, way) {
@@ -205,7 +223,10 @@ pub(super) struct Share {
 #[derive(Debug)]
 struct Counts {
     open: AtomicUsize,
+    /// Of those that are open.
     pending: AtomicUsize,
+    /// Beside those that are open, among which they may have found no place.
+    waiting: AtomicUsize,
     arrivals: Bucket,
     /// By [`Over`].
     refused: [AtomicU64; Over::ALL.len()],
@@ -216,8 +237,16 @@ struct Counts {
 pub(super) struct Permit {
     share: Arc<Share>,
     way: Way,
+    stage: Stage,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
     /// Its far end is being reached.
-    pending: bool,
+    Pending,
+    /// Its far end cannot be reached for now, or could not.
+    Waiting,
+    Established,
 }
 
 /// For `debug limits` and the metrics.
@@ -236,6 +265,7 @@ pub struct ShareStatus {
     pub dialled: usize,
     pub came: usize,
     pub pending: usize,
+    pub waiting: usize,
     pub buffered_bytes: usize,
     /// Only what happened.
     pub refused: Vec<(&'static str, u64)>,
@@ -265,6 +295,7 @@ impl Limits {
             Counts {
                 open: AtomicUsize::new(0),
                 pending: AtomicUsize::new(0),
+                waiting: AtomicUsize::new(0),
                 arrivals: Bucket::new(Rate::new(rate, rate), self.started),
                 refused: Default::default(),
             }
@@ -295,12 +326,12 @@ impl Limits {
 
 impl Share {
     /// Lets a new connection in, or says why not. It is pending until [`Permit::established`].
-    pub(super) fn admit(self: &Arc<Self>, way: Way, now: Instant) -> Result<Permit, Refusal> {
+    pub(super) fn admit(self: &Arc<Self>, way: Way, now: Instant) -> Result<Permit, Over> {
         // The permit gives back what it counted when it is dropped on the way.
         let permit = Permit {
             share: Arc::clone(self),
             way,
-            pending: true,
+            stage: Stage::Pending,
         };
         let counts = &self.counts[way as usize];
         let caps = self.limits.caps.of(way);
@@ -319,8 +350,15 @@ impl Share {
         } else {
             return Ok(permit);
         };
-        counts.refused[over as usize].fetch_add(1, Ordering::Relaxed);
-        Err(Refusal::new(over.reason(way), over.sentence(&caps, most)))
+        Err(over)
+    }
+
+    /// Who was not let in goes away: counts it.
+    pub(super) fn refuse(&self, way: Way, over: Over) -> Refusal {
+        let caps = &self.limits.caps;
+        self.counts[way as usize].refused[over as usize].fetch_add(1, Ordering::Relaxed);
+        let sentence = over.sentence(&caps.of(way), caps.node_connections);
+        Refusal::new(over.reason(way), sentence)
     }
 
     /// How much one read may take.
@@ -361,6 +399,7 @@ impl Share {
         let of = |way: Way| &self.counts[way as usize];
         let open = |way| of(way).open.load(Ordering::Relaxed);
         let pending = Way::ALL.map(|way| of(way).pending.load(Ordering::Relaxed));
+        let waiting = Way::ALL.map(|way| of(way).waiting.load(Ordering::Relaxed));
         let mut refused: BTreeMap<&'static str, u64> = BTreeMap::new();
         for way in Way::ALL {
             for over in Over::ALL {
@@ -374,6 +413,7 @@ impl Share {
             dialled: open(Way::Dialled),
             came: open(Way::Tunnelled) + open(Way::Plain),
             pending: pending.iter().sum(),
+            waiting: waiting.iter().sum(),
             buffered_bytes: self.buffered.load(Ordering::Relaxed),
             refused: refused.into_iter().collect(),
         }
@@ -385,20 +425,66 @@ impl Permit {
         &self.share
     }
 
-    /// The far end is reached, or there is none.
-    pub(super) fn established(&mut self) {
-        if std::mem::take(&mut self.pending) {
-            let counts = &self.share.counts[self.way as usize];
-            counts.pending.fetch_sub(1, Ordering::Relaxed);
+    fn counts(&self) -> &Counts {
+        &self.share.counts[self.way as usize]
+    }
+
+    /// The far end cannot be reached for now. Says how many of the pod wait with it; none if they
+    /// are so many that this one shall not.
+    pub(super) fn wait(&mut self) -> Option<usize> {
+        let counts = self.counts();
+        let cap = self.share.limits.caps.pod_waiting;
+        match self.stage {
+            Stage::Pending => {
+                let before = counts.waiting.fetch_add(1, Ordering::Relaxed);
+                if before >= cap {
+                    counts.waiting.fetch_sub(1, Ordering::Relaxed);
+                    return None;
+                }
+                counts.pending.fetch_sub(1, Ordering::Relaxed);
+                counts.open.fetch_sub(1, Ordering::Relaxed);
+                self.stage = Stage::Waiting;
+                Some(before + 1)
+            }
+            Stage::Waiting => Some(counts.waiting.load(Ordering::Relaxed)),
+            Stage::Established => None,
         }
+    }
+
+    /// The far end is reached, or there is none. Who has waited takes a place among those that are
+    /// open if there is one; if not, all that waited are let go on at once, and it keeps its own.
+    pub(super) fn established(&mut self) {
+        let counts = self.counts();
+        match self.stage {
+            Stage::Pending => {
+                counts.pending.fetch_sub(1, Ordering::Relaxed);
+            }
+            Stage::Waiting => {
+                let open = counts.open.fetch_add(1, Ordering::Relaxed);
+                if open >= self.share.limits.caps.of(self.way).connections {
+                    counts.open.fetch_sub(1, Ordering::Relaxed);
+                    return;
+                }
+                counts.waiting.fetch_sub(1, Ordering::Relaxed);
+            }
+            Stage::Established => {}
+        }
+        self.stage = Stage::Established;
     }
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        self.established();
-        let counts = &self.share.counts[self.way as usize];
-        counts.open.fetch_sub(1, Ordering::Relaxed);
+        let counts = self.counts();
+        let counted = match self.stage {
+            Stage::Pending => {
+                counts.pending.fetch_sub(1, Ordering::Relaxed);
+                &counts.open
+            }
+            Stage::Waiting => &counts.waiting,
+            Stage::Established => &counts.open,
+        };
+        counted.fetch_sub(1, Ordering::Relaxed);
         self.share.limits.open.fetch_sub(1, Ordering::Relaxed);
     }
 }
@@ -415,6 +501,7 @@ mod tests {
             pod_inbound_connections: 4,
             pod_rate: 100,
             pod_pending: 1000,
+            pod_waiting: 2,
             pod_buffers: 1 << 20,
             node_connections: 5,
             node_buffers: 4 << 20,
@@ -422,6 +509,10 @@ mod tests {
         };
         change(&mut caps);
         Limits::new(caps, Instant::now())
+    }
+
+    fn refused(pod: &Arc<Share>, way: Way, now: Instant) -> Refusal {
+        pod.refuse(way, pod.admit(way, now).unwrap_err())
     }
 
     fn pod(limits: &Arc<Limits>, name: &str) -> Arc<Share> {
@@ -437,7 +528,7 @@ mod tests {
             .map(|_| greedy.admit(Way::Dialled, now).unwrap())
             .collect();
         assert_eq!(
-            greedy.admit(Way::Dialled, now).unwrap_err().reason,
+            refused(&greedy, Way::Dialled, now).reason,
             Reason::PodConnections
         );
         let neighbour = modest.admit(Way::Dialled, now).unwrap();
@@ -459,7 +550,7 @@ mod tests {
         let came: Vec<_> = (0..4)
             .map(|_| pod.admit(Way::Tunnelled, now).unwrap())
             .collect();
-        let refusal = pod.admit(Way::Tunnelled, now).unwrap_err();
+        let refusal = refused(&pod, Way::Tunnelled, now);
         assert_eq!(refusal.reason, Reason::PodInboundConnections);
         assert!(refusal.detail.contains("--pod-inbound-connections"));
         let dialled = pod.admit(Way::Dialled, now).unwrap();
@@ -481,7 +572,7 @@ mod tests {
             .collect();
         assert_eq!(held.iter().filter(|one| one.is_ok()).count(), 5);
         let last = held.into_iter().next_back().unwrap();
-        assert_eq!(last.unwrap_err().reason, Reason::NodeConnections);
+        assert_eq!(last.unwrap_err(), Over::Node);
         assert_eq!(limits.status().connections, 0, "a refusal counts nothing");
     }
 
@@ -500,7 +591,7 @@ mod tests {
         };
         assert_eq!(arrive(start), 100);
         assert_eq!(
-            pod.admit(Way::Dialled, start).unwrap_err().reason,
+            refused(&pod, Way::Dialled, start).reason,
             Reason::PodConnectionRate
         );
         assert_eq!(arrive(start + Duration::from_millis(500)), 50);
@@ -515,12 +606,50 @@ mod tests {
             pod.admit(Way::Dialled, now).unwrap(),
             pod.admit(Way::Dialled, now).unwrap(),
         ];
-        assert_eq!(
-            pod.admit(Way::Dialled, now).unwrap_err().reason,
-            Reason::PodPending
-        );
+        assert_eq!(refused(&pod, Way::Dialled, now).reason, Reason::PodPending);
         permits[0].established();
         assert!(pod.admit(Way::Dialled, now).is_ok());
+    }
+
+    #[test]
+    fn who_waits_takes_no_place_of_those_that_are_open() {
+        let limits = limits(|caps| {
+            caps.pod_pending = 1;
+            caps.pod_connections = 1;
+            caps.node_connections = 4;
+        });
+        let pod = pod(&limits, "a");
+        let status = || {
+            let status = pod.status();
+            (status.dialled, status.pending, status.waiting)
+        };
+        let now = Instant::now();
+        let wait = || {
+            let mut permit = pod.admit(Way::Dialled, now).unwrap();
+            permit.wait().map(|with| (permit, with))
+        };
+        let (mut first, alone) = wait().unwrap();
+        let (mut second, with) = wait().unwrap();
+        assert_eq!((alone, with, first.wait()), (1, 2, Some(2)));
+        assert!(wait().is_none(), "two are the cap");
+        assert_eq!(status(), (0, 0, 2));
+
+        let mut open = pod.admit(Way::Dialled, now).unwrap();
+        open.established();
+        assert_eq!(open.wait(), None, "it has nothing to wait for");
+        let over = pod.admit(Way::Dialled, now).unwrap_err();
+        assert_eq!(over, Over::Connections);
+        assert_eq!(limits.status().connections, 3, "the node holds them all");
+
+        first.established();
+        assert_eq!(status(), (1, 0, 2), "no place is free");
+        drop((open, first));
+        assert_eq!(status(), (0, 0, 1));
+        second.established();
+        assert_eq!(status(), (1, 0, 0));
+        drop(second);
+        assert_eq!(status(), (0, 0, 0));
+        assert_eq!(limits.status().connections, 0);
     }
 
     #[test]

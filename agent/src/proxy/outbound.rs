@@ -40,8 +40,11 @@ use crate::{
 
 /// Endpoints of a Service that one connection tries.
 const ENDPOINT_TRIES: usize = 3;
-/// Between two looks whether a node takes tunnels again.
+/// Between two looks whether a node takes tunnels again: the longer, the more of the pod wait. So
+/// they do not come all at once when it does, and a small machine is not kept busy by looking.
 const LOOK: Duration = Duration::from_millis(200);
+const LOOKERS: usize = 500;
+const LONGEST_LOOK: Duration = Duration::from_secs(1);
 
 /// Everything decided about where a connection goes next.
 struct Hop {
@@ -84,7 +87,7 @@ pub(super) async fn serve(
     };
     let mut report = Report::new(Direction::Outbound, peer, canonical(target));
     // On the heap, to be given back before the bytes flow: this part is large and short.
-    let standing = Box::pin(establish(&thread, &pod, &mut report)).await;
+    let standing = Box::pin(establish(&thread, &pod, &mut report, &mut permit)).await;
     permit.established();
     match standing {
         // Dropping the client sends RST.
@@ -129,6 +132,7 @@ async fn establish(
     thread: &Rc<Thread>,
     pod: &Rc<Pod>,
     report: &mut Report,
+    permit: &mut Permit,
 ) -> Result<Standing, Refusal> {
     let begun = Instant::now();
     loop {
@@ -137,7 +141,11 @@ async fn establish(
                 if passes(thread, report, &refusal)
                     && begun.elapsed() < thread.settings.timing.away =>
             {
-                sleep(LOOK).await;
+                let Some(waiting) = permit.wait() else {
+                    return Err(refusal);
+                };
+                let rounds = u32::try_from(1 + waiting / LOOKERS).unwrap_or(u32::MAX);
+                sleep(LOOK.saturating_mul(rounds).min(LONGEST_LOOK)).await;
             }
             done => return done,
         }

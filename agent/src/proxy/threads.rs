@@ -26,6 +26,7 @@ use tokio::{
     runtime::{Builder, LocalOptions},
     sync::{Notify, Semaphore, mpsc, oneshot},
     task::spawn_local,
+    time::sleep,
 };
 
 use super::{
@@ -33,7 +34,7 @@ use super::{
     conns::{Callee, Caller, Conn, Conns},
     copy::{Scratch, Turns},
     inbound,
-    limits::{Bucket, Limits, Rate, Share, Way},
+    limits::{Bucket, Limits, Permit, Rate, Share, Way},
     outbound,
     reason::Reason,
     report::{Refusal, Report},
@@ -56,6 +57,11 @@ const FAILURE_WORDS: Rate = Rate::new(10, 50);
 const QUIET: Duration = Duration::from_secs(1);
 /// and no longer than this.
 const LONGEST_RETIRING: Duration = Duration::from_secs(10);
+
+/// A pod that comes to its cap has so long to come away from it before others are refused,
+const GRACE: Duration = Duration::from_secs(2);
+/// and meanwhile there is a look for room this often.
+const LOOK_FOR_ROOM: Duration = Duration::from_millis(5);
 
 /// What a thread is told.
 pub(super) enum Command {
@@ -531,9 +537,13 @@ fn serve_pod(thread: &Rc<Thread>, pod: &Rc<Pod>, direction: Direction, listener:
         Direction::Inbound => Way::Plain,
     };
     spawn_local(async move {
-        let serve = |stream: TcpStream, peer: SocketAddr| {
+        let full = Cell::new(None);
+        let serve = async |stream: TcpStream, peer: SocketAddr, queued: bool| {
             let peer = canonical(peer);
-            let permit = match pod.share.admit(way, Instant::now()) {
+            if !queued {
+                full.set(None);
+            }
+            let permit = match place(&pod, way, &full).await {
                 Ok(permit) => permit,
                 Err(refusal) => return refuse(&thread, &pod, direction, &stream, peer, &refusal),
             };
@@ -553,6 +563,24 @@ fn serve_pod(thread: &Rc<Thread>, pod: &Rc<Pod>, direction: Direction, listener:
         let failed = |word| thread.recorder.error(direction, None, word);
         accept::accept(listener, pod.stopped(), serve, failed).await;
     });
+}
+
+/// Lets a connection in, once there is room: a burst waits, for [`GRACE`] together. `full` says since
+/// when.
+async fn place(pod: &Pod, way: Way, full: &Cell<Option<Instant>>) -> Result<Permit, Refusal> {
+    loop {
+        let now = Instant::now();
+        let over = match pod.share.admit(way, now) {
+            Ok(permit) => return Ok(permit),
+            Err(over) => over,
+        };
+        let since = full.get().unwrap_or(now);
+        full.set(Some(since));
+        if !over.passes() || now - since >= GRACE || pod.stopped.get() {
+            return Err(pod.share.refuse(way, over));
+        }
+        sleep(LOOK_FOR_ROOM).await;
+    }
 }
 
 /// Over a cap: recorded, and reset by being dropped, before anything is made for it.
@@ -580,7 +608,7 @@ fn refuse(
 fn serve_tunnels(thread: &Rc<Thread>, listener: TcpListener) {
     let thread = Rc::clone(thread);
     spawn_local(async move {
-        let serve = |stream: TcpStream, peer: SocketAddr| {
+        let serve = async |stream: TcpStream, peer: SocketAddr, _queued: bool| {
             let thread = Rc::clone(&thread);
             spawn_local(server::serve(thread, stream, canonical(peer), Port::Node));
         };

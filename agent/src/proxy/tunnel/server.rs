@@ -551,7 +551,9 @@ async fn establish(
         Some(pod) => Arc::clone(&pod.share),
         None => thread.shared.limits.share(&callee.uid),
     };
-    let mut permit = share.admit(Way::Tunnelled, Instant::now())?;
+    let mut permit = share
+        .admit(Way::Tunnelled, Instant::now())
+        .map_err(|over| share.refuse(Way::Tunnelled, over))?;
     let patience = thread.settings.timing.connect;
     let socket = match &pod {
         Some(pod) => {
