@@ -24,6 +24,7 @@ mod optin;
 mod outage;
 mod pods;
 mod policies;
+mod reborn;
 mod refusals;
 mod removal;
 mod requests;
@@ -56,6 +57,7 @@ fn main() -> ExitCode {
         authority::TESTS,
         optin::TESTS,
         policies::TESTS,
+        reborn::TESTS,
         bpffs::TESTS,
         start::TESTS,
         kinds::TESTS,

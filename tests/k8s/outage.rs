@@ -40,8 +40,13 @@ pub(crate) const TESTS: &[Test] = &[Test {
 const AWAY: Duration = Duration::from_secs(95);
 /// How long what is believed for a moment lasts.
 const UNREADY: Duration = Duration::from_secs(5);
-/// Between a node and the API server.
+/// Between a node and the API server; what comes from there is known by its port until the rules of
+/// Services have turned it back.
 const CUT_OFF: &str = "table inet cut_off {
+    chain in {
+        type filter hook prerouting priority raw;
+        tcp sport 6443 drop
+    }
     chain out {
         type filter hook output priority 10;
         tcp dport 6443 drop

@@ -59,7 +59,8 @@ fuzz_target!(|text: &str| {
     if local::objects(text, &converter).is_err() {
         return;
     }
-    let all = format!("{}\n---\n{text}", *AROUND);
+    // Behind the end of a document there may be directives, as at the beginning.
+    let all = format!("{}\n...\n{text}", *AROUND);
     let Ok(objects) = local::objects(&all, &converter) else {
         panic!("good alone, and bad behind good ones");
     };

@@ -92,6 +92,8 @@ pub fn from_list(text: &str, entry: &str) -> Result<String, Malformed> {
         n => text[plugins[n - 2].at.end..last.at.start].replace(',', ""),
     };
     text.insert_str(last.at.end, &format!(",{gap}{entry}"));
+    // One too many is too many with ours, too.
+    places(&text)?;
     Ok(text)
 }
 
@@ -128,9 +130,11 @@ pub fn from_single(text: &str, entry: &str) -> Result<String, Malformed> {
     let name = quoted(&single.name.unwrap_or_default());
     let version = quoted(&version);
     let text = text.trim();
-    Ok(format!(
+    let list = format!(
         "{{\"cniVersion\": {version}, \"name\": {name}, \"plugins\": [\n{text},\n{entry}\n]}}\n"
-    ))
+    );
+    places(&list)?;
+    Ok(list)
 }
 
 /// The file that a list of ours says it was made of.
@@ -345,6 +349,12 @@ mod tests {
         let many = vec![r#"{"type":"a"}"#; MAX_PLUGINS + 1].join(",");
         let many = format!(r#"{{"cniVersion":"1.0.0","plugins":[{many}]}}"#);
         assert_eq!(refused(&many), Malformed::TooMany(MAX_PLUGINS + 1));
+        let just_as_many = many.replacen(r#"{"type":"a"},"#, "", 1);
+        let with_ours = Malformed::TooMany(MAX_PLUGINS + 1);
+        assert_eq!(refused(&just_as_many), with_ours, "as nobody could read");
+        let long = format!(r#"{{"type":"a","x":"{}"}}"#, "x".repeat(MAX_BYTES - 60));
+        let single = format!(r#"{{"cniVersion":"1.0.0",{}"#, &long[1..]);
+        assert_eq!(from_single(&single, ENTRY), Err(Malformed::TooLong));
         assert_eq!(refused(&" ".repeat(MAX_BYTES + 1)), Malformed::TooLong);
         let untyped = from_single(r#"{"cniVersion":"1.0.0"}"#, ENTRY);
         assert_eq!(untyped, Err(Malformed::NoType(0)));
