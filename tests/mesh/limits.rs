@@ -156,7 +156,10 @@ fn a_pod_over_its_cap_is_reset_and_its_neighbour_is_served() -> Result<()> {
     let said = agent.metrics()?.sum("picomesh_caps", &cap);
     ensure!(said == CAP as f64, "picomesh_caps says {said}");
 
-    // What ends makes room, also for one that has come already.
+    // What ends makes room, and then also for one that has come too early.
+    held.truncate(CAP - 1);
+    wait::until("there is room again", PATIENCE, || served(near, far))?;
+    held.extend(open(near, far, 1)?);
     let late = near
         .netns()
         .spawn("late", move || client::exchange(far, b"late", PATIENCE))?;

@@ -24,32 +24,27 @@ const BURST: usize = 16;
 const LONGEST_PAUSE: Duration = Duration::from_millis(500);
 
 /// Accepts until `stop`, then takes what is still queued, so that nobody is turned away who was
-/// here before the end. `serve` hears whether others may have waited before: if not, the queue was
-/// empty. The next is taken when it returns. `failed` hears of every error's fixed word.
+/// here before the end. The next is taken when `serve` returns. `failed` hears of every error's fixed
+/// word.
 pub(super) async fn accept(
     listener: TcpListener,
     stop: impl Future<Output = ()>,
-    serve: impl AsyncFn(TcpStream, SocketAddr, bool),
+    serve: impl AsyncFn(TcpStream, SocketAddr),
     failed: impl Fn(&'static str),
 ) {
     let mut stop = pin!(stop);
     let mut pause = FIRST_PAUSE;
     let mut taken = 0_usize;
     loop {
-        let queued = listener.accept().now_or_never();
-        let was_queued = queued.is_some();
-        let accepted = match queued {
-            Some(accepted) => accepted,
-            None => tokio::select! {
-                biased;
-                accepted = listener.accept() => accepted,
-                () = &mut stop => break,
-            },
+        let accepted = tokio::select! {
+            biased;
+            accepted = listener.accept() => accepted,
+            () = &mut stop => break,
         };
         match accepted {
             Ok((stream, peer)) => {
                 pause = FIRST_PAUSE;
-                serve(stream, peer, was_queued).await;
+                serve(stream, peer).await;
                 taken += 1;
                 if taken.is_multiple_of(BURST) {
                     tokio::task::yield_now().await;
@@ -70,7 +65,7 @@ pub(super) async fn accept(
         }
     }
     while let Some(Ok((stream, peer))) = listener.accept().now_or_never() {
-        serve(stream, peer, true).await;
+        serve(stream, peer).await;
     }
 }
 

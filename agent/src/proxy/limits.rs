@@ -13,8 +13,8 @@
 //! made for it, and counted by reason. Leaving it in the listener's queue would cost less and tell
 //! nobody: the client would hang in a connection that stands for its kernel, the queue would fill
 //! with callers that have given up, and the pod's other callers would wait behind them. A burst is
-//! another thing: where places become free by themselves its last ones wait, for two seconds
-//! together until the queue has been empty ([`Over::passes`], `GRACE` in `proxy/threads.rs`).
+//! another thing: its last ones wait for places that become free, for two seconds together until
+//! somebody finds one at once again ([`Over::passes`], `GRACE` in `proxy/threads.rs`).
 //!
 //! **Who waits takes no one's place.** While a node's agent is away, for the seconds in which one
 //! follows another, all that a pod dials there waits ([`Permit::wait`]). It counts apart: what the

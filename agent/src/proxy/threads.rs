@@ -538,11 +538,8 @@ fn serve_pod(thread: &Rc<Thread>, pod: &Rc<Pod>, direction: Direction, listener:
     };
     spawn_local(async move {
         let full = Cell::new(None);
-        let serve = async |stream: TcpStream, peer: SocketAddr, queued: bool| {
+        let serve = async |stream: TcpStream, peer: SocketAddr| {
             let peer = canonical(peer);
-            if !queued {
-                full.set(None);
-            }
             let permit = match place(&pod, way, &full).await {
                 Ok(permit) => permit,
                 Err(refusal) => return refuse(&thread, &pod, direction, &stream, peer, &refusal),
@@ -565,13 +562,19 @@ fn serve_pod(thread: &Rc<Thread>, pod: &Rc<Pod>, direction: Direction, listener:
     });
 }
 
-/// Lets a connection in, once there is room: a burst waits, for [`GRACE`] together. `full` says since
-/// when.
+/// Lets a connection in, once there is room: a burst waits, for [`GRACE`] together, until somebody
+/// finds room at once again. `full` says since when nobody has.
 async fn place(pod: &Pod, way: Way, full: &Cell<Option<Instant>>) -> Result<Permit, Refusal> {
+    let mut waited = false;
     loop {
         let now = Instant::now();
         let over = match pod.share.admit(way, now) {
-            Ok(permit) => return Ok(permit),
+            Ok(permit) => {
+                if !waited {
+                    full.set(None);
+                }
+                return Ok(permit);
+            }
             Err(over) => over,
         };
         let since = full.get().unwrap_or(now);
@@ -579,6 +582,7 @@ async fn place(pod: &Pod, way: Way, full: &Cell<Option<Instant>>) -> Result<Perm
         if !over.passes() || now - since >= GRACE || pod.stopped.get() {
             return Err(pod.share.refuse(way, over));
         }
+        waited = true;
         sleep(LOOK_FOR_ROOM).await;
     }
 }
@@ -608,7 +612,7 @@ fn refuse(
 fn serve_tunnels(thread: &Rc<Thread>, listener: TcpListener) {
     let thread = Rc::clone(thread);
     spawn_local(async move {
-        let serve = async |stream: TcpStream, peer: SocketAddr, _queued: bool| {
+        let serve = async |stream: TcpStream, peer: SocketAddr| {
             let thread = Rc::clone(&thread);
             spawn_local(server::serve(thread, stream, canonical(peer), Port::Node));
         };
